@@ -1,0 +1,39 @@
+"""One random spatial and colour change for all frames of a clip (paper B.2)."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+# The paper names the kinds of change, not their strength.
+AREA = (0.7, 1.0)  # share of the frame that is kept
+CONTRAST = (0.8, 1.2)
+BRIGHTNESS = (-0.15, 0.15)  # added, in [-1,1] units
+SATURATION = (0.8, 1.2)
+HUE = (-0.05, 0.05)  # of a full turn
+
+
+def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """[F, 3, H, W] in [-1,1] -> the same shape and domain.
+
+    `flip` allows mirroring; a clip whose motion has a left and a right (a camera pan) must not be mirrored.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    height, width = clip.shape[-2:]
+    side = math.sqrt(uniform(*AREA))
+    h, w = round(side * height), round(side * width)
+    top, left = round(uniform(0, height - h)), round(uniform(0, width - w))
+    mirror = uniform(0, 1) < 0.5
+
+    clip = T.resized_crop(clip, top, left, h, w, [height, width], antialias=True)
+    if flip and mirror:
+        clip = T.horizontal_flip(clip)
+    # About mid-grey, not about each frame's own mean as torchvision's adjust_contrast does: that would flicker.
+    clip = (clip * uniform(*CONTRAST) + uniform(*BRIGHTNESS)).clamp(-1, 1)
+    clip = T.adjust_saturation((clip + 1) / 2, uniform(*SATURATION))
+    clip = T.adjust_hue(clip, uniform(*HUE))
+    return clip * 2 - 1

@@ -1,0 +1,93 @@
+"""What the two command lines share: arguments, their types, and how an error ends a program."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from minimti.config import MODELS, SVDConfig
+from minimti.files import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that an error is one line; the usage is behind --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argument type: whole numbers from `minimum` to `maximum`."""
+
+    def parse(text: str) -> int:
+        if not minimum <= (value := int(text)) <= maximum:
+            raise argparse.ArgumentTypeError(f"{value} is not in {minimum}..{maximum}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse's word for what it could not parse
+    return parse
+
+
+def number(text: str) -> float:
+    """An argument type: finite numbers that are not negative."""
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argument type: WIDTHxHEIGHT."""
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="NAME|PATH", help=f"{', '.join(MODELS)}, a .safetensors file, or a diffusers folder")
+    add("--size", type=size, metavar="WxH", help="pixels; input of another shape is cropped at the centre")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
+    add("--device", default=default_device(), help="cuda, mps, cpu, ... (default here: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of UNet and CLIP tower (default: bfloat16 on cuda, else float32)")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Raises InputError where the device does not exist here."""
+    try:
+        chosen = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not available here; cpu always is") from error
+    return chosen, DTYPES[dtype or ("bfloat16" if chosen.type == "cuda" else "float32")]
+
+
+def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
+    """Raises InputError where the networks cannot halve such an image as often as they do."""
+    if any(length <= 0 or length % config.granularity for length in size):
+        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {config.granularity}")
+    return size
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a program. Input that cannot be used exits with 2, a failure with 1, an interrupt with 130: one line each."""
+    prog = sys.argv[0].rsplit("/", 1)[-1]
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_say(prog, str(error), 2))
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        sys.exit(_say(prog, str(error).splitlines()[0], 1))
+    except KeyboardInterrupt:
+        sys.exit(_say(prog, "interrupted", 130))
+    sys.exit(0)
+
+
+def _say(prog: str, message: str, code: int) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,122 @@
+"""Sizes of the networks, the constants of their training, and the named models."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Field names are those of `network_config` in the official svd.yaml."""
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]  # one resolution level per entry, finest first
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]  # downsampling factors at which transformers stand
+    num_head_channels: int
+    context_dim: int  # d, the width of a token
+    adm_in_channels: int  # three sinusoids side by side: fps id, motion bucket, noise augmentation
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Field names are those of `ddconfig` in the official svd.yaml, plus its `scale_factor`."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    scale_factor: float  # scaled latent = scale_factor * raw latent
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Field names are those of open_clip's vision configurations."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    head_width: int
+    embed_dim: int
+
+
+@dataclass(frozen=True)
+class MicroConditioning:
+    """The three numbers that SVD was told about every clip it was trained on."""
+
+    fps_id: int  # frames per second minus one
+    motion_bucket_id: int  # 0..255, how much moves
+    cond_aug: float  # standard deviation of the noise added to the conditioning image, in [-1,1] units
+
+
+@dataclass(frozen=True)
+class SVDConfig:
+    name: str  # an embedding only fits the model it was optimised on
+    num_frames: int  # F
+    size: tuple[int, int]  # width, height in pixels
+    num_steps: int  # of the Euler sampler
+    sigma_min: float
+    sigma_max: float
+    rho: float  # curvature of the Karras schedule
+    p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
+    p_std: float
+    micro: MicroConditioning
+    unet: UNetConfig
+    vae: VAEConfig
+    clip: CLIPConfig
+
+    @property
+    def granularity(self) -> int:
+        """Pixels that width and height must be multiples of: one cell of the coarsest UNet level."""
+        return 2 ** (len(self.vae.ch_mult) - 1 + len(self.unet.channel_mult) - 1)
+
+
+def to_json(config: SVDConfig) -> str:
+    """The text that a weight file of other sizes carries under `config` in its safetensors metadata."""
+    return json.dumps(asdict(config))
+
+
+def from_json(text: str) -> SVDConfig:
+    """Inverse of `to_json`. Raises ValueError or TypeError where a field is missing, unknown or no JSON."""
+    parts = {"unet": UNetConfig, "vae": VAEConfig, "clip": CLIPConfig, "micro": MicroConditioning}
+    fields = _lists_to_tuples(json.loads(text))
+    return SVDConfig(**{key: parts[key](**value) if key in parts else value for key, value in fields.items()})
+
+
+def _lists_to_tuples(fields: dict) -> dict:
+    convert = {dict: _lists_to_tuples, list: tuple}
+    return {key: convert.get(type(value), lambda v: v)(value) for key, value in fields.items()}
+
+
+_SVD = SVDConfig(
+    name="svd",
+    num_frames=14,
+    size=(1024, 576),
+    num_steps=25,
+    sigma_min=0.002,
+    sigma_max=700.0,
+    rho=7.0,
+    p_mean=2.8,
+    p_std=1.6,
+    micro=MicroConditioning(fps_id=6, motion_bucket_id=127, cond_aug=0.02),
+    unet=UNetConfig(
+        in_channels=8,
+        out_channels=4,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_resolutions=(4, 2, 1),
+        num_head_channels=64,
+        context_dim=1024,
+        adm_in_channels=768,
+    ),
+    vae=VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, scale_factor=0.18215),
+    clip=CLIPConfig(image_size=224, patch_size=14, width=1280, layers=32, head_width=80, embed_dim=1024),
+)
+
+MODELS = {
+    "svd": _SVD,
+    "svd-xt": replace(_SVD, name="svd-xt", num_frames=25, num_steps=30),
+}

@@ -1,0 +1,81 @@
+"""Diffusion after Karras et al. 2022 ("EDM") as Stable Video Diffusion uses it, in the symbols of both papers.
+
+x0 is a clean latent, n unit noise, sigma the noise level, x = x0 + sigma n. A `network` is F_theta with its
+conditioning already in place: network(c_in x, c_noise) -> [B, F, C, H, W]. A `denoiser` is D(x, sigma), an estimate of
+x0. All arithmetic here is in the dtype of x, which the callers keep at fp32.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def precondition(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in, c_noise of sigma > 0 (sgm's VScalingWithEDMcNoise)."""
+    c_skip = 1 / (sigma**2 + 1)
+    c_out = -sigma / (sigma**2 + 1).sqrt()
+    c_in = 1 / (sigma**2 + 1).sqrt()
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+def denoise(network: Network, x: Tensor, sigma: Tensor) -> Tensor:
+    """D_theta(x; sigma) of equation 2; x [B, F, C, H, W], sigma [B]."""
+    c_skip, c_out, c_in, c_noise = precondition(_per_item(sigma, x))
+    return c_skip * x + c_out * network(c_in * x, c_noise.flatten())
+
+
+def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
+    """Equation 3 with lambda = (1 + sigma^2) / sigma^2, as a mean over all elements; x0, n [B, F, C, H, W], sigma [B].
+
+    With this weight the error of D on x0 is the error of F on v = (n - sigma x0) / sqrt(1 + sigma^2): computed so,
+    nothing cancels at small or large sigma.
+    """
+    sigma = _per_item(sigma, x0)
+    _, _, c_in, c_noise = precondition(sigma)
+    v = (n - sigma * x0) * c_in
+    return (network(c_in * (x0 + sigma * n), c_noise.flatten()) - v).square().mean()
+
+
+def training_sigma(z: Tensor, p_mean: float, p_std: float, sigma_max: float) -> Tensor:
+    """Standard normal z -> sigma with ln(sigma) ~ N(p_mean, p_std^2), never beyond what the model was trained on."""
+    return (p_mean + p_std * z).exp().clamp(max=sigma_max)
+
+
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """[num_steps + 1] noise levels from sigma_max down to sigma_min, then 0 (EDM equation 5)."""
+    ramp = torch.linspace(0, 1, num_steps)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
+
+
+def guidance_scale(minimum: float, maximum: float, num_frames: int) -> Tensor:
+    """[F, 1, 1, 1]: rises linearly over the frames, not over the steps."""
+    return torch.linspace(minimum, maximum, num_frames).view(-1, 1, 1, 1)
+
+
+def guide(negative: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance on two estimates of x0."""
+    return negative + scale * (positive - negative)
+
+
+def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Euler's method on the probability flow ODE (EDM algorithm 1 without its correction).
+
+    n [B, F, C, H, W] is unit noise, sigmas [steps + 1] end with 0. Yields x after each step; the last one is the sample.
+    """
+    x = n * (1 + sigmas[0] ** 2).sqrt()
+    for sigma, sigma_next in pairwise(sigmas):
+        d = (x - denoiser(x, sigma.expand(x.shape[0]))) / sigma
+        x = x + (sigma_next - sigma) * d
+        yield x
+
+
+def _per_item(sigma: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to multiply x with."""
+    return sigma.view(-1, *[1] * (x.ndim - 1))

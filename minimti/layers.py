@@ -1,0 +1,120 @@
+"""Layers that the UNet and the VAE share.
+
+Attribute names throughout the networks are those of the diffusers weight files; weights.py renames the official
+single file to them. A clip travels through the networks as [(B F), C, H, W]; a layer over time unfolds it and folds
+it back, so `num_frames` (F) accompanies it.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_GROUPS = 32
+
+
+def sinusoid(positions: Tensor, dim: int) -> Tensor:
+    """[...] -> [..., dim]: cosines, then sines, of frequencies from 1 down to nearly 1e-4.
+
+    Always fp32, and multiplied before divided, as the official `timestep_embedding` does: at 1e-10 it shows.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angles = positions.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer MLP behind every sinusoid."""
+
+    def __init__(self, dim_in: int, dim_hidden: int, dim_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim_hidden)
+        self.linear_2 = nn.Linear(dim_hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Blend(nn.Module):
+    """A learned mixture of a spatial and a temporal branch.
+
+    In the UNet sigmoid(mix_factor) weighs the spatial branch. In the VAE's decoder it weighs the temporal one
+    (`weighs_temporal`): the official decoder swaps the arguments.
+    """
+
+    def __init__(self, weighs_temporal: bool):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.empty(1))
+        self.weighs_temporal = weighs_temporal
+
+    def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
+        weight = self.mix_factor.sigmoid()
+        return torch.lerp(spatial, temporal, weight) if self.weighs_temporal else torch.lerp(temporal, spatial, weight)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + embedding))), over space or over time as `conv` chooses."""
+
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int | None, eps: float, conv: type[nn.Module]):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_channels, eps)
+        self.conv1 = conv(in_channels, out_channels)
+        if embed_dim is not None:
+            self.time_emb_proj = nn.Linear(embed_dim, out_channels)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels, eps)
+        self.conv2 = conv(out_channels, out_channels)
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if embedding is not None:
+            shift = self.time_emb_proj(F.silu(embedding))  # [batch, C]
+            h = h + shift.view(*shift.shape, *[1] * (h.ndim - 2))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+conv3x1x1 = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+
+
+class VideoResBlock(nn.Module):
+    """A spatial res block, then a temporal one on its output, blended."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embed_dim: int | None,
+        spatial_eps: float,
+        temporal_eps: float,
+        weighs_temporal: bool,
+    ):
+        super().__init__()
+        self.spatial_res_block = ResBlock(in_channels, out_channels, embed_dim, spatial_eps, conv3x3)
+        self.temporal_res_block = ResBlock(out_channels, out_channels, embed_dim, temporal_eps, conv3x1x1)
+        self.time_mixer = Blend(weighs_temporal)
+
+    def forward(self, x: Tensor, embedding: Tensor | None, num_frames: int) -> Tensor:
+        """x [(B F), C, H, W], embedding [B, E] or None -> [(B F), C', H, W]."""
+        per_frame = None if embedding is None else embedding.repeat_interleave(num_frames, dim=0)
+        x = self.spatial_res_block(x, per_frame)
+        clip = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
+        mixed = self.time_mixer(clip, self.temporal_res_block(clip, embedding))
+        return mixed.transpose(1, 2).flatten(0, 1)  # [(B F), C, H, W]
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to twice the size, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,118 @@
+"""The three networks together, and the one conditioning that training and sampling share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from minimti import clip, edm
+from minimti.config import MicroConditioning, SVDConfig
+from minimti.unet import UNet
+from minimti.vae import VAE
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Everything the UNet is told besides the noisy latent and its noise level."""
+
+    concat: Tensor  # [B, F, z, h, w], raw latent of the conditioning image, the same for every frame
+    micro: Tensor  # [B, 3]: fps id, motion bucket id, noise augmentation
+    spatial: Tensor  # [B, F, N, d]
+    temporal: Tensor  # [B, N, d]
+
+    def without_image(self) -> "Conditioning":
+        """The motion alone: the paper's visualisation of an embedding (4.2)."""
+        return replace(self, concat=torch.zeros_like(self.concat))
+
+    def negative(self) -> "Conditioning":
+        """The other branch of guidance: neither image nor tokens, the same micro-conditioning."""
+        return replace(
+            self.without_image(), spatial=torch.zeros_like(self.spatial), temporal=torch.zeros_like(self.temporal)
+        )
+
+    def __add__(self, other: "Conditioning") -> "Conditioning":
+        """The batch of both."""
+        return Conditioning(*(torch.cat(pair) for pair in zip(vars(self).values(), vars(other).values())))
+
+
+class SVD(nn.Module):
+    """Stable Video Diffusion. The VAE stays in fp32; UNet and CLIP tower may be of a lower precision."""
+
+    def __init__(self, config: SVDConfig):
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config.unet)
+        self.vae = VAE(config.vae)
+        self.clip = clip.build(config.clip)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1,1] -> CLIP embeddings [B, d] in fp32."""
+        pixels = clip.preprocess(images, self.config.clip.image_size)
+        return self.clip(pixels.to(self.clip.conv1.weight.dtype)).to(images.dtype)
+
+    def encode(self, clip: Tensor) -> Tensor:
+        """Clip [B, F, 3, H, W] in [-1,1] -> scaled latents [B, F, z, h, w]."""
+        raw = self.vae.encode(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        return raw * self.config.vae.scale_factor
+
+    def tokens_of(self, image: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """The tokens of plain image-to-video: CLIP's embedding of the image [B, 3, H, W] as the single token of every set.
+
+        Returns spatial [B, F, 1, d] and temporal [B, 1, d].
+        """
+        embedding = self.embed(image)[:, None]
+        return embedding[:, None].expand(-1, num_frames, -1, -1), embedding
+
+    def prepare(
+        self, image: Tensor, tokens: tuple[Tensor, Tensor], micro: MicroConditioning, generator: torch.Generator
+    ) -> Conditioning:
+        """The conditioning on an image [B, 3, H, W] in [-1,1] and on tokens (spatial [B, F, N, d], temporal [B, N, d]).
+
+        Noise of deviation `micro.cond_aug` is added to the pixels before they are encoded; it is drawn on the CPU
+        from `generator`, so that a seed means the same on every device.
+        """
+        spatial, temporal = tokens
+        noise = torch.randn(image.shape, generator=generator).to(image)
+        with torch.no_grad():
+            latent = self.vae.encode(image + micro.cond_aug * noise)
+        numbers = torch.tensor([micro.fps_id, micro.motion_bucket_id, micro.cond_aug], device=image.device)
+        return Conditioning(
+            concat=latent[:, None].expand(-1, spatial.shape[1], -1, -1, -1),
+            micro=numbers.expand(image.shape[0], -1),
+            spatial=spatial,
+            temporal=temporal,
+        )
+
+    def network(self, cond: Conditioning) -> edm.Network:
+        """F_theta of equation 2, given its conditioning."""
+
+        def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
+            return self.unet(torch.cat([x, cond.concat], dim=2), c_noise, cond.micro, cond.spatial, cond.temporal)
+
+        return F_theta
+
+    def sample(self, cond: Conditioning, n: Tensor, num_steps: int, guidance: tuple[float, float]) -> Iterator[Tensor]:
+        """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the Euler steps.
+
+        Guidance is a scale for the first frame and one for the last. Raises FloatingPointError at the end if a step
+        went wrong, naming it: checking as it goes would make the device wait.
+        """
+        both = self.network(cond.negative() + cond)
+        scale = edm.guidance_scale(*guidance, num_frames=n.shape[1]).to(n)
+
+        def D(x: Tensor, sigma: Tensor) -> Tensor:
+            negative, positive = edm.denoise(both, torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
+            return edm.guide(negative, positive, scale)
+
+        config = self.config
+        sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
+        finite = []
+        for x in edm.euler(D, n, sigmas.to(n)):
+            finite.append(x.isfinite().all())
+            yield x
+        if not (ok := torch.stack(finite).cpu()).all():
+            step = int(ok.int().argmin())
+            raise FloatingPointError(
+                f"step {step + 1} of {num_steps} (sigma {sigmas[step]:.3g}) gave numbers that are not finite"
+            )

@@ -1,0 +1,153 @@
+"""The spatiotemporal UNet of Stable Video Diffusion (sgm's VideoUNet), with a set of tokens for every frame."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimti.attention import SpatioTemporalTransformer
+from minimti.config import UNetConfig
+from minimti.layers import NORM_GROUPS, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, sinusoid
+
+# The official code has 1e-5 in every res block; diffusers differs in 72 places, by 1.6e-5 of the output.
+EPS = 1e-5
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Block(nn.Module):
+    """Res blocks, each followed by a transformer on the levels that attend: the common part of all blocks."""
+
+    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], num_attentions: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            VideoResBlock(c_in, c_out, 4 * config.model_channels, EPS, EPS, weighs_temporal=False)
+            for c_in, c_out in widths
+        )
+        self.attentions = nn.ModuleList(
+            SpatioTemporalTransformer(c_out, config.context_dim, config.num_head_channels)
+            for _, c_out in widths[:num_attentions]
+        )
+
+
+class DownBlock(Block):
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, attends: bool, downsamples: bool):
+        n = config.num_res_blocks
+        super().__init__(config, [(c_in if i == 0 else c_out, c_out) for i in range(n)], n if attends else 0)
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsamples else [])
+
+    def forward(self, x: Tensor, embedding: Tensor, spatial: Tensor, temporal: Tensor) -> list[Tensor]:
+        """Returns every feature map that a skip connection carries; the last one goes down."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, embedding, num_frames=spatial.shape[1])
+            if self.attentions:
+                x = self.attentions[i](x, spatial, temporal)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            skips.append(downsample(x))
+        return skips
+
+
+class MidBlock(Block):
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__(config, [(channels, channels)] * 2, num_attentions=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        num_frames = spatial.shape[1]
+        x = self.resnets[0](x, embedding, num_frames)
+        x = self.attentions[0](x, spatial, temporal)
+        return self.resnets[1](x, embedding, num_frames)
+
+
+class UpBlock(Block):
+    def __init__(self, config: UNetConfig, c_in: int, c_skips: list[int], c_out: int, attends: bool, upsamples: bool):
+        widths = [((c_in if i == 0 else c_out) + c_skip, c_out) for i, c_skip in enumerate(c_skips)]
+        super().__init__(config, widths, len(widths) if attends else 0)
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsamples else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        """Takes one skip connection per res block from the end of `skips`."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), embedding, num_frames=spatial.shape[1])
+            if self.attentions:
+                x = self.attentions[i](x, spatial, temporal)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNet(nn.Module):
+    """F_theta of the paper's equation 2."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        c = config.model_channels
+        widths = [c * mult for mult in config.channel_mult]
+        attends = [2**level in config.attention_resolutions for level in range(len(widths))]
+        last = len(widths) - 1
+
+        self.time_embedding = TimestepEmbedding(c, 4 * c, 4 * c)
+        self.add_embedding = TimestepEmbedding(config.adm_in_channels, 4 * c, 4 * c)
+        self.conv_in = conv3x3(config.in_channels, c)
+
+        self.down_blocks = nn.ModuleList()
+        c_skips = [c]  # widths of the skip connections, in the order in which the way down makes them
+        for level, width in enumerate(widths):
+            self.down_blocks.append(DownBlock(config, c_skips[-1], width, attends[level], downsamples=level < last))
+            c_skips += [width] * (config.num_res_blocks + (level < last))
+
+        self.mid_block = MidBlock(config, widths[-1])
+
+        self.up_blocks = nn.ModuleList()
+        c_in = widths[-1]
+        for level in reversed(range(len(widths))):
+            taken = [c_skips.pop() for _ in range(config.num_res_blocks + 1)]
+            self.up_blocks.append(UpBlock(config, c_in, taken, widths[level], attends[level], upsamples=level > 0))
+            c_in = widths[level]
+
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, EPS)
+        self.conv_out = conv3x3(c, config.out_channels)
+
+    def forward(self, x: Tensor, c_noise: Tensor, micro: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        """One evaluation of the network, in the dtype of its weights; the result has the dtype of x.
+
+        x         [B, F, in_channels, H, W]: c_in * noisy scaled latent, then the raw latent of the conditioning image
+        c_noise   [B]: ln(sigma) / 4
+        micro     [B, 3]: fps id, motion bucket id, noise augmentation
+        spatial   [B, F, N, d]: tokens that the positions of each frame attend to
+        temporal  [B, N, d]: tokens that every position attends to over time
+        returns   [B, F, out_channels, H, W]
+
+        Raises ValueError where these shapes do not fit together.
+        """
+        batch, num_frames, _, height, width = x.shape
+        if spatial.shape[:2] != (batch, num_frames) or temporal.shape[:1] != (batch,):
+            raise ValueError(
+                f"tokens {tuple(spatial.shape)} and {tuple(temporal.shape)} do not fit {batch} clips of {num_frames} frames"
+            )
+        if height % (cell := 2 ** (len(self.down_blocks) - 1)) or width % cell:
+            raise ValueError(f"latents of {width}x{height} cannot be halved {len(self.down_blocks) - 1} times")
+
+        out_dtype, dtype = x.dtype, self.conv_in.weight.dtype
+        x, spatial, temporal = x.to(dtype), spatial.to(dtype), temporal.to(dtype)
+        embedding = self.time_embedding(sinusoid(c_noise, self.config.model_channels).to(dtype))
+        vector = sinusoid(micro, self.config.adm_in_channels // micro.shape[1]).flatten(1)
+        embedding = embedding + self.add_embedding(vector.to(dtype))  # [B, 4 c]
+
+        x = self.conv_in(x.flatten(0, 1))  # [(B F), c, H, W]
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], embedding, spatial, temporal)
+        x = self.mid_block(skips[-1], embedding, spatial, temporal)
+        for block in self.up_blocks:
+            x = block(x, skips, embedding, spatial, temporal)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x.unflatten(0, (batch, num_frames)).to(out_dtype)

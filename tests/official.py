@@ -1,0 +1,66 @@
+"""Weights for tests: tensors that follow from their official names, and whole official-layout files of any size."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minimti import weights
+from minimti.config import MODELS, CLIPConfig, SVDConfig, UNetConfig, VAEConfig, to_json
+from minimti.svd import SVD
+
+SMALL = replace(
+    MODELS["svd"],
+    name="small",
+    num_frames=4,
+    size=(128, 64),
+    num_steps=3,
+    unet=UNetConfig(
+        in_channels=8,
+        out_channels=4,
+        model_channels=32,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_resolutions=(4, 2, 1),
+        num_head_channels=16,
+        context_dim=48,
+        adm_in_channels=96,
+    ),
+    vae=VAEConfig(ch=32, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, scale_factor=0.18215),
+    clip=CLIPConfig(image_size=56, patch_size=14, width=64, layers=2, head_width=16, embed_dim=48),
+)
+
+
+def tensor_of(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The golden files' rule: a tensor follows from its official name (golden/README.md)."""
+    r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if name.endswith("mix_factor"):
+        return r
+    if len(shape) >= 2:
+        return r / math.sqrt(math.prod(shape[1:]))
+    return 1 + 0.1 * r if name.endswith("weight") else 0.1 * r
+
+
+def fill_by_name(module: nn.Module, config: SVDConfig, prefix: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Gives a module on the meta device the weights of the rule, through the loader's official key map."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for key, source in weights.sources(module, weights.official_source, config, prefix).items():
+            yield key, source.build(*(tensor_of(name, source.shape) for name in source.names)).to(dtype)
+
+    weights.fill(module, tensors())
+    return module.eval()
+
+
+def write_official(path: Path, config: SVDConfig = SMALL) -> Path:
+    """A single file in the official layout, with its configuration in the metadata."""
+    with torch.device("meta"):
+        wanted = weights.sources(SVD(config), weights.official_source, config)
+    tensors = {name: tensor_of(name, source.shape) for source in wanted.values() for name in source.names}
+    save_file(tensors, path, {"config": to_json(config)})
+    return path
