@@ -75,7 +75,7 @@ def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a program. Input that cannot be used exits with 2, a failure with 1, an interrupt with 130: one line each."""
+    """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line."""
     prog = sys.argv[0].rsplit("/", 1)[-1]
     try:
         main()

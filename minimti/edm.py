@@ -67,7 +67,7 @@ def guide(negative: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
 def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
     """Euler's method on the probability flow ODE (EDM algorithm 1 without its correction).
 
-    n [B, F, C, H, W] is unit noise, sigmas [steps + 1] end with 0. Yields x after each step; the last one is the sample.
+    n [B, F, C, H, W] is unit noise, sigmas [steps + 1] end with 0. Yields x after each step; the last is the sample.
     """
     x = n * (1 + sigmas[0] ** 2).sqrt()
     for sigma, sigma_next in pairwise(sigmas):

@@ -19,7 +19,7 @@ def existing(path: str | Path) -> Path:
 
 
 def check_writable(path: str | Path) -> Path:
-    """The path of a file to be. Raises InputError where none could be put there: ask before hours of work, not after."""
+    """The path of a file to be. Raises InputError where none can be put: asked before hours of work, not after."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, not a file")

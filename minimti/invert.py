@@ -17,7 +17,7 @@ def invert(
     """Optimises `motion.tokens` in place and yields the loss of every step.
 
     clip is [F, 3, H, W] in [-1,1] on the device of the model. The draws of a step depend on the motion's seed and the
-    step's number alone. Raises FloatingPointError where a loss is not finite; the tokens are then those of the step before.
+    step's number alone. Raises FloatingPointError where a loss is not finite, with the tokens of the step before.
     """
     svd.requires_grad_(False)
     tokens = motion.tokens.requires_grad_()

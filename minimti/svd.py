@@ -57,7 +57,7 @@ class SVD(nn.Module):
         return raw * self.config.vae.scale_factor
 
     def tokens_of(self, image: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-        """The tokens of plain image-to-video: CLIP's embedding of the image [B, 3, H, W] as the single token of every set.
+        """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding, alone in every set.
 
         Returns spatial [B, F, 1, d] and temporal [B, 1, d].
         """

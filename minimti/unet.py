@@ -130,9 +130,8 @@ class UNet(nn.Module):
         """
         batch, num_frames, _, height, width = x.shape
         if spatial.shape[:2] != (batch, num_frames) or temporal.shape[:1] != (batch,):
-            raise ValueError(
-                f"tokens {tuple(spatial.shape)} and {tuple(temporal.shape)} do not fit {batch} clips of {num_frames} frames"
-            )
+            shapes = f"{tuple(spatial.shape)} and {tuple(temporal.shape)}"
+            raise ValueError(f"tokens {shapes} do not fit {batch} clips of {num_frames} frames")
         if height % (cell := 2 ** (len(self.down_blocks) - 1)) or width % cell:
             raise ValueError(f"latents of {width}x{height} cannot be halved {len(self.down_blocks) - 1} times")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Colorspace, ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
@@ -80,7 +80,9 @@ def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
     """
     frames = ((clip.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     with whole_file(path) as part, av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12"})
+        # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
+        options = {"crf": "12", "mbtree": "0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.color_primaries = stream.color_trc = stream.colorspace = 1  # BT.709

@@ -1,6 +1,10 @@
-"""Weights for tests: tensors that follow from their official names, and whole official-layout files of any size."""
+"""Weights for tests: tensors that follow from their official names, and whole official-layout files of any size.
+
+`python tests/official.py small.safetensors` writes such a file: random weights, for trying the commands.
+"""
 
 import math
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 
 from minimti import weights
 from minimti.config import MODELS, CLIPConfig, SVDConfig, UNetConfig, VAEConfig, to_json
+from minimti.layouts import official_source
 from minimti.svd import SVD
 
 SMALL = replace(
@@ -50,7 +55,7 @@ def fill_by_name(module: nn.Module, config: SVDConfig, prefix: str, dtype: torch
     """Gives a module on the meta device the weights of the rule, through the loader's official key map."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, source in weights.sources(module, weights.official_source, config, prefix).items():
+        for key, source in weights.sources(module, official_source, config, prefix).items():
             yield key, source.build(*(tensor_of(name, source.shape) for name in source.names)).to(dtype)
 
     weights.fill(module, tensors())
@@ -60,7 +65,11 @@ def fill_by_name(module: nn.Module, config: SVDConfig, prefix: str, dtype: torch
 def write_official(path: Path, config: SVDConfig = SMALL) -> Path:
     """A single file in the official layout, with its configuration in the metadata."""
     with torch.device("meta"):
-        wanted = weights.sources(SVD(config), weights.official_source, config)
+        wanted = weights.sources(SVD(config), official_source, config)
     tensors = {name: tensor_of(name, source.shape) for source in wanted.values() for name in source.names}
     save_file(tensors, path, {"config": to_json(config)})
     return path
+
+
+if __name__ == "__main__":
+    write_official(Path(sys.argv[1]))

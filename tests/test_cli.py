@@ -1,0 +1,219 @@
+"""Both command lines as a user runs them: subprocesses, a weight file of reduced size, real videos."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from official import SMALL, write_official
+from PIL import Image
+
+import sample
+import train
+from minimti import cli, motion, video
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "real"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with weights, a reference, a target, and an embedding of few steps."""
+    work = tmp_path_factory.mktemp("work")
+    write_official(work / "small.safetensors")
+    write_official(work / "other.safetensors", replace(SMALL, name="other"))
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 72), torch.linspace(-1, 1, 128), indexing="ij")
+    frames = [torch.stack([(x - t).sin(), (y + t).cos(), x * y]) for t in torch.linspace(0, 3, 20)]
+    video.write_clip(work / "ref.mp4", torch.stack(frames), 10)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)).save(work / "img.png")
+    done = run(work, "train.py", "ref.mp4", "--model", "small.safetensors", "--steps", "3", "--tokens", "2")
+    assert done.returncode == 0, done.stderr
+    return work
+
+
+def run(folder: Path, program: str, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / program), *args], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def call(work, monkeypatch, capfd):
+    """The same without a process of its own, which would spend seconds on imports: -> exit code, stdout, stderr."""
+    monkeypatch.chdir(work)
+
+    def call(program: str, *args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [program, *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.run({"train.py": train, "sample.py": sample}[program].main)
+        return stop.value.code, *capfd.readouterr()
+
+    return call
+
+
+def properties(path: Path) -> tuple:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        return context.name, context.pix_fmt, stream.frames, context.width, context.height, stream.average_rate
+
+
+SMALL_FILE = ("--model", "small.safetensors")
+
+
+def test_a_sample_is_the_video_asked_for(work):
+    for out in ("a.mp4", "b.mp4"):
+        done = run(work, "sample.py", "--emb", "m.pt", "img.png", "--out", out, *SMALL_FILE)
+        assert done.returncode == 0, done.stderr
+    assert properties(work / "a.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
+    assert (work / "a.mp4").read_bytes() == (work / "b.mp4").read_bytes()
+    frames = video.read_clip(work / "a.mp4", 4, 0, 1)
+    assert frames.float().std() > 1  # neither black nor flat
+
+
+def test_training_reports_and_saves(work, call):
+    learned = motion.load(work / "m.pt")
+    assert learned.tokens.shape == (SMALL.num_frames + 1, 2, SMALL.unet.context_dim)
+    assert (learned.model, learned.steps, learned.size, learned.micro) == ("small", 3, SMALL.size, SMALL.micro)
+    args = ("ref.mp4", *SMALL_FILE, "--steps", "2", "--out", "n.pt", "--frames", "3", "--seed", "4")
+    args += ("--start", "0.5", "--stride", "2", "--size", "64x64", "--no-flip", "--lr", "0.1")
+    code, out, error = call("train.py", *args)
+    assert code == 0, error
+    assert "3 frames from 0.5 s, stride 2, 128x72 fitted to 64x64" in out
+    assert "n.pt: 4x5x48 tokens after 2 steps" in out
+    for shown in ("loss=", "s/it", "2/2"):
+        assert shown in error
+    learned = motion.load(work / "n.pt")
+    assert (learned.num_frames, learned.size, learned.seed) == (3, (64, 64), 4)
+
+
+def test_every_setting_of_training_reaches_the_tokens(work, call):
+    """Also guards against a learning rate that never reaches the optimiser."""
+    tokens = set()
+    for setting in (["--lr", "0.1"], ["--p-mean", "0"], ["--p-std", "0"], ["--seed", "1"], ["--start", "1"], []):
+        code, _, error = call("train.py", "ref.mp4", *SMALL_FILE, "--steps", "2", "--out", "set.pt", *setting)
+        assert code == 0, error
+        tokens.add(motion.load(work / "set.pt").tokens.sum().item())
+    assert len(tokens) == 6
+
+
+def test_every_setting_of_sampling_reaches_the_video(work, call):
+    contents = set()
+    settings = ["--guidance 1 1", "--motion-bucket 0", "--noise-aug 1", "--steps 2", "--dtype bfloat16", "--seed 1", ""]
+    for setting in settings:
+        code, _, error = call(
+            "sample.py", "--emb", "m.pt", "img.png", "--out", "set.mp4", *SMALL_FILE, *setting.split()
+        )
+        assert code == 0, error
+        contents.add((work / "set.mp4").read_bytes())
+    assert len(contents) == len(settings)
+    args = ("--out", "set.mp4", *SMALL_FILE, "--fps", "12", "--size", "64x128")
+    assert call("sample.py", "--emb", "m.pt", "img.png", *args)[0] == 0
+    assert properties(work / "set.mp4") == ("h264", "yuv420p", 4, 64, 128, 12)
+
+
+def test_many_images_into_a_folder_without_an_embedding(work, call):
+    Image.open(work / "img.png").rotate(180).save(work / "second.png")
+    code, _, error = call("sample.py", "img.png", "second.png", "--out", "videos", *SMALL_FILE)
+    assert code == 0, error
+    assert sorted(p.name for p in (work / "videos").iterdir()) == ["img_small.mp4", "second_small.mp4"]
+    assert properties(work / "videos" / "img_small.mp4")[2:5] == (4, 128, 64)
+
+
+def test_unconditional_shows_the_motion_without_an_image(work, call):
+    code, _, error = call("sample.py", "--emb", "m.pt", "--unconditional", *SMALL_FILE)
+    assert code == 0, error
+    assert properties(work / "m_unconditional.mp4")[2:5] == (4, 128, 64)
+
+
+@pytest.mark.parametrize("path", sorted(REAL.glob("*.mp4")), ids=lambda path: path.stem)
+def test_real_videos(work, path):
+    target = sorted(REAL.glob("*.png"))[0]
+    done = run(work, "train.py", str(path), *SMALL_FILE, "--steps", "2", "--out", "real.pt")
+    assert done.returncode == 0, done.stderr
+    assert "1024x576 fitted to 128x64" in done.stdout
+    done = run(work, "sample.py", "--emb", "real.pt", str(target), *SMALL_FILE)
+    assert done.returncode == 0, done.stderr
+    assert properties(work / f"{target.stem}_real.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
+
+
+TRAIN = [
+    (["nothing.mp4"], "nothing.mp4: no such file"),
+    (["sound.wav", *SMALL_FILE], "sound.wav: has no video stream"),
+    (["img.png", *SMALL_FILE], "img.png: 4 frames at stride 1 from 0 s need 4 frames, but only 1 are there"),
+    (["ref.mp4", *SMALL_FILE, "--start", "1.9"], "but only 1 are there"),
+    (["ref.mp4", *SMALL_FILE, "--frames", "21"], "but only 20 are there"),
+    (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
+    (["ref.mp4", "--model", "nothing"], "neither a model (svd, svd-xt) nor a file or folder"),
+    (["ref.mp4", "--model", "svd"], "accept the licence on https://huggingface.co/stabilityai/"),
+    (["ref.mp4", *SMALL_FILE, "--size", "100x64"], "width and height must be multiples of 64"),
+    (["ref.mp4", "--size", "big"], "argument --size: invalid"),
+    (["ref.mp4", "--out", "no/m.pt"], "no/m.pt: no is no folder that can be written to"),
+    (["ref.mp4", "--tokens", "0"], "argument --tokens: 0 is not in 1.."),
+    (["ref.mp4", "--device", "cuda:99"], "--device cuda:99: not available here"),
+    (["ref.mp4", "--device", "toaster"], "--device toaster: not available here"),
+    ([], "the following arguments are required: VIDEO"),
+]
+SAMPLE = [
+    (["--emb", "m.pt", "nothing.png"], "nothing.png: no such file"),
+    (["--emb", "m.pt", "ref.mp4"], "ref.mp4: cannot be read as an image"),
+    (["--emb", "m.pt"], "name an IMAGE to move"),
+    (["--unconditional"], "name an IMAGE to move"),
+    (["--emb", "img.png", "img.png"], "img.png: not a motion-text embedding written by train.py"),
+    (["--emb", "m.pt", "img.png", "--model", "other.safetensors"], "the embedding is for model 'small'"),
+    (["--emb", "m.pt", "img.png"], "small: neither a model (svd, svd-xt) nor a file or folder"),
+    (["--emb", "m.pt", "img.png", "copy/img.png", *SMALL_FILE], "2 images of the same name would all become img_m.mp4"),
+    (["--emb", "m.pt", "img.png", "second.png", "--out", "x.mp4", *SMALL_FILE], "one file cannot hold 2 videos"),
+    (["img.png", "--out", "ref.txt", *SMALL_FILE], "ref.txt: is a file; name a folder"),
+    (["img.png", "--guidance", "1"], "argument --guidance: expected 2 arguments"),
+]
+
+
+@pytest.fixture
+def oddities(work):
+    """Files that are something else than they are taken for."""
+    with av.open(str(work / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    (work / "copy").mkdir(exist_ok=True)
+    for copy in (work / "copy" / "img.png", work / "second.png"):
+        Image.open(work / "img.png").save(copy)
+    (work / "ref.txt").touch()
+
+
+@pytest.mark.parametrize(
+    "program, args, message", [("train.py", *case) for case in TRAIN] + [("sample.py", *case) for case in SAMPLE]
+)
+def test_bad_input_is_one_line(work, call, oddities, program, args, message):
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+    code, _, error = call(program, *args)
+    assert code == 2
+    assert error.startswith(f"{program}: error: ") and error.count("\n") == 1 and message in error
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+
+
+def test_bad_input_is_one_line_of_the_process_too(work):
+    done = run(work, "sample.py", "--emb", "img.png", "img.png")
+    assert done.returncode == 2
+    assert done.stderr == "sample.py: error: img.png: not a motion-text embedding written by train.py\n"
+
+
+def test_interrupted_training_keeps_its_steps(work):
+    """Ctrl-C after some steps: the embedding is there and says how many."""
+    args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", "--model", "small.safetensors", "--out", "cut.pt"]
+    process = subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    seen = b""
+    while b"2/1000" not in seen:
+        seen += process.stderr.read1()
+    process.send_signal(2)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.endswith(b"train.py: error: interrupted\n")
+    learned = motion.load(work / "cut.pt")
+    assert 2 <= learned.steps < 1000 and f"after {learned.steps} steps" in out.decode()

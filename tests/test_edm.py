@@ -1,0 +1,82 @@
+"""The diffusion arithmetic against closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimti import edm
+
+
+def sigma_like(x, value):
+    return torch.full((x.shape[0],), value, dtype=x.dtype)
+
+
+@given(st.floats(math.log(0.002), math.log(700)))
+def test_preconditioning_keeps_unit_variance(log_sigma):
+    """For unit data, input and target of the network have unit variance at every noise level (EDM, appendix B.6)."""
+    sigma = torch.tensor(log_sigma, dtype=torch.float64).exp()
+    c_skip, c_out, c_in, c_noise = edm.precondition(sigma)
+    assert math.isclose(c_in**2 * (1 + sigma**2), 1)
+    target_variance = ((1 - c_skip) ** 2 + (c_skip * sigma) ** 2) / c_out**2
+    assert math.isclose(target_variance, 1)
+    assert math.isclose(c_noise, 0.25 * log_sigma, abs_tol=1e-12)
+
+
+def test_karras_sigmas():
+    sigmas = edm.karras_sigmas(25, 0.002, 700.0, 7.0)
+    assert len(sigmas) == 26 and sigmas[-1] == 0
+    assert sigmas[0].item() == pytest.approx(700, rel=1e-5) and sigmas[-2].item() == pytest.approx(0.002, rel=1e-3)
+    steps = sigmas[:-1].double() ** (1 / 7)
+    assert torch.allclose(steps.diff(), steps.diff().mean().expand(24), rtol=1e-3)
+
+
+@pytest.mark.parametrize("steps, expected", [(25, 0.855), (50, 0.926), (100, 0.963)])
+def test_euler_on_a_unit_gaussian(steps, expected):
+    """D(x) = x / (1 + sigma^2) is exact for unit Gaussian data, and the ODE then ends where the unit noise was:
+    what is missing to 1 is Euler's own error."""
+    n = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
+    sigmas = edm.karras_sigmas(steps, 0.002, 700.0, 7.0).double()
+    *_, x = edm.euler(lambda x, sigma: x / (1 + sigma.view(-1, 1, 1, 1, 1) ** 2), n, sigmas)
+    assert torch.allclose(x / n, torch.full_like(x, expected), atol=5e-4)
+
+
+@given(log_sigma=st.floats(math.log(0.002), math.log(700)))
+def test_loss_is_the_weighted_error_of_the_denoiser(log_sigma):
+    """Equation 3 with lambda = (1 + sigma^2) / sigma^2, computed the direct way, in float64."""
+    x0, n = torch.randn(2, 2, 3, 4, 8, 8, dtype=torch.float64)
+    sigma = sigma_like(x0, math.exp(log_sigma))
+
+    def network(x, c_noise):
+        return torch.tanh(x) + c_noise.view(-1, 1, 1, 1, 1)
+
+    s = sigma.view(-1, 1, 1, 1, 1)
+    direct = ((1 + s**2) / s**2 * (edm.denoise(network, x0 + s * n, sigma) - x0) ** 2).mean()
+    assert math.isclose(edm.loss(network, x0, sigma, n), direct, rel_tol=1e-6)
+
+
+def test_loss_vanishes_for_the_true_v():
+    x0, n = torch.randn(2, 1, 2, 4, 8, 8)
+    for value in (0.002, 1.0, 700.0):
+        sigma = sigma_like(x0, value)
+        v = (n - value * x0) / math.sqrt(1 + value**2)
+        assert edm.loss(lambda x, c_noise, v=v: v, x0, sigma, n) < 1e-10
+
+
+def test_training_sigma():
+    z = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    sigma = edm.training_sigma(z, 2.8, 1.6, 700.0)
+    assert sigma.median().item() == pytest.approx(16.4, rel=0.05)
+    assert sigma.max() == 700 and 0.005 < (sigma == 700).float().mean() < 0.02
+
+
+def test_guidance_rises_over_frames():
+    scale = edm.guidance_scale(1.0, 3.0, 14)
+    assert scale.shape == (14, 1, 1, 1)
+    assert scale[0] == 1 and scale[-1] == 3 and torch.allclose(scale.diff(dim=0), torch.tensor(2 / 13))
+    negative, positive = torch.randn(2, 1, 14, 4, 8, 8)
+    guided = edm.guide(negative, positive, scale)
+    assert torch.allclose(guided[:, 0], positive[:, 0], atol=1e-6)
+    assert torch.allclose(guided[:, -1], 3 * positive[:, -1] - 2 * negative[:, -1], atol=1e-5)

@@ -1,0 +1,286 @@
+"""Properties of the networks and of motion-textual inversion that need no reference implementation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from official import SMALL, fill_by_name
+
+import minimti.invert
+from minimti import edm, motion
+from minimti.augment import augment
+from minimti.files import InputError
+from minimti.invert import invert
+from minimti.layers import Blend
+from minimti.motion import Motion
+from minimti.svd import SVD
+
+F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
+LATENT = (SMALL.unet.out_channels, SMALL.size[1] // 8, SMALL.size[0] // 8)
+
+
+@pytest.fixture(scope="module")
+def svd() -> SVD:
+    with torch.device("meta"):
+        svd = SVD(SMALL)
+    return fill_by_name(svd, SMALL, "")
+
+
+@pytest.fixture
+def learned() -> Motion:
+    tokens = torch.randn(F + 1, N, D)
+    return Motion(tokens, SMALL.name, SMALL.micro, SMALL.size, steps=0, seed=0)
+
+
+@pytest.fixture
+def clip() -> torch.Tensor:
+    return torch.rand(F, 3, SMALL.size[1], SMALL.size[0]) * 2 - 1
+
+
+def unet_inputs(batch: int) -> dict[str, torch.Tensor]:
+    return dict(
+        x=torch.randn(batch, F, SMALL.unet.in_channels, 8, 16),
+        c_noise=torch.randn(batch),
+        micro=torch.tensor([[6.0, 127.0, 0.02], [10.0, 30.0, 0.1]])[:batch],
+        spatial=torch.randn(batch, F, N, D),
+        temporal=torch.randn(batch, N, D),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the networks
+
+
+@torch.no_grad()
+def test_batch_of_two_is_two_batches_of_one(svd):
+    inputs = unet_inputs(2)
+    both = svd.unet(**inputs)
+    for i in range(2):
+        assert torch.allclose(svd.unet(**{k: v[i : i + 1] for k, v in inputs.items()})[0], both[i], atol=1e-5)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert torch.allclose(torch.cat([svd.vae.encode(pixels[:1]), svd.vae.encode(pixels[1:])]), svd.vae.encode(pixels))
+    latents = torch.randn(2, F, *LATENT)
+    both = svd.vae.decode(latents)
+    assert torch.allclose(torch.cat([svd.vae.decode(latents[:1]), svd.vae.decode(latents[1:])]), both, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighs_temporal", [False, True])
+def test_blend_extremes_are_the_single_branch(weighs_temporal):
+    spatial, temporal = torch.randn(2, 3, 4)
+    blend = Blend(weighs_temporal)
+    for factor, first in ((-100.0, False), (100.0, True)):
+        blend.mix_factor.fill_(factor)
+        branch = temporal if first == weighs_temporal else spatial
+        assert torch.equal(blend(spatial, temporal), branch)
+
+
+@torch.no_grad()
+def test_frames_are_independent_where_every_blend_is_spatial(svd):
+    """A token set reaches other frames through the layers over time alone; without them, only its own frame."""
+    mixers = [module for module in svd.unet.modules() if isinstance(module, Blend)]
+    kept = [mixer.mix_factor.clone() for mixer in mixers]
+    inputs = unet_inputs(1)
+    changed = inputs | {"spatial": inputs["spatial"].clone()}
+    changed["spatial"][:, 2] += 1
+    with_time = (svd.unet(**changed) - svd.unet(**inputs)).abs().amax(dim=(0, 2, 3, 4))
+    for mixer in mixers:
+        mixer.mix_factor.fill_(100.0)
+    alone = (svd.unet(**changed) - svd.unet(**inputs)).abs().amax(dim=(0, 2, 3, 4))
+    for mixer, factor in zip(mixers, kept):
+        mixer.mix_factor.copy_(factor)
+    assert (with_time > 1e-6).all()
+    assert alone[2] > 1e-3 and (alone[[0, 1, 3]] == 0).all()
+
+
+@torch.no_grad()
+def test_temporal_tokens_act_through_time_alone(svd):
+    inputs = unet_inputs(1)
+    moved = svd.unet(**inputs | {"temporal": inputs["temporal"] + 1}) - svd.unet(**inputs)
+    assert (moved.abs().amax(dim=(0, 2, 3, 4)) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_equal_tokens_are_one_token(svd):
+    """N copies of a token share the attention that one would have: plain image-to-video is N = 1 broadcast."""
+    inputs = unet_inputs(1)
+    one = inputs | {"spatial": inputs["spatial"][:, :, :1], "temporal": inputs["temporal"][:, :1]}
+    five = one | {"spatial": one["spatial"].expand(-1, -1, 5, -1), "temporal": one["temporal"].expand(-1, 5, -1)}
+    assert torch.allclose(svd.unet(**one), svd.unet(**five), atol=1e-5)
+
+
+def test_misfits_are_named(svd):
+    inputs = unet_inputs(1)
+    with pytest.raises(ValueError, match="do not fit 1 clips of 4 frames"):
+        svd.unet(**inputs | {"spatial": inputs["spatial"][:, :3]})
+    with pytest.raises(ValueError, match="16x9 cannot be halved 3 times"):
+        svd.unet(**inputs | {"x": torch.randn(1, F, 8, 9, 16)})
+
+
+# ----------------------------------------------------------------------------------------------------- the embedding
+
+
+def test_initialise():
+    embeddings = 10 * torch.randn(14, 1024)
+    tokens = motion.initialise(embeddings, 5, torch.Generator().manual_seed(0))
+    assert tokens.shape == (15, 5, 1024)
+    noise = tokens - torch.cat([embeddings, embeddings.mean(0, keepdim=True)])[:, None]
+    assert noise.std().item() == pytest.approx(0.1, rel=0.02) and noise.mean().abs() < 1e-3
+    assert not torch.equal(tokens[0, 0], tokens[0, 1])  # N equal tokens would stay equal for ever
+
+
+def test_an_embedding_survives_its_file(learned, tmp_path):
+    learned = replace(learned, steps=7, seed=3)
+    motion.save(learned, tmp_path / "m.pt")
+    back = motion.load(tmp_path / "m.pt")
+    assert torch.equal(back.tokens, learned.tokens) and not back.tokens.requires_grad
+    assert vars(back) | {"tokens": None} == vars(learned) | {"tokens": None}
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize("change", [{"name": "other"}, {"unet": replace(SMALL.unet, context_dim=64)}])
+def test_an_embedding_fits_its_own_model_only(learned, change):
+    learned.check_fits(SMALL)
+    with pytest.raises(InputError, match="the embedding is for model 'small'"):
+        learned.check_fits(replace(SMALL, **change))
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+
+
+@given(seed=st.integers(0, 1000), flip=st.booleans())
+def test_augmentation_is_the_same_for_every_frame(seed, flip):
+    """Frames that are equal stay equal, whatever the other frames of the clip show."""
+    image, other = torch.rand(2, 3, 32, 48) * 2 - 1
+    out = augment(torch.stack([image, other, image]), torch.Generator().manual_seed(seed), flip)
+    assert out.shape == (3, 3, 32, 48) and out.abs().max() <= 1
+    assert torch.equal(out[0], out[2]) and not torch.equal(out[0], out[1])
+    assert torch.equal(augment(image[None], torch.Generator().manual_seed(seed), flip)[0], out[0])
+
+
+def test_augmentation_mirrors_only_where_it_may():
+    ramp = torch.linspace(-0.5, 0.5, 48).expand(1, 3, 32, 48)  # brighter to the right
+
+    def mirrored(flip):
+        outs = [augment(ramp, torch.Generator().manual_seed(seed), flip) for seed in range(40)]
+        return sum((out[..., -1].mean() < out[..., 0].mean()).item() for out in outs)
+
+    assert mirrored(flip=False) == 0
+    assert 10 <= mirrored(flip=True) <= 30
+
+
+# --------------------------------------------------------------------------------------------------------- inversion
+
+
+def test_gradients_reach_every_token_and_no_weight(svd, learned, clip):
+    before = learned.tokens.clone()
+    assert len(list(invert(svd, clip, learned, steps=1, lr=1e-2, flip=True, p_mean=0.0, p_std=1.0))) == 1
+    assert (learned.tokens.grad.abs().amax(dim=-1) > 0).all()
+    assert torch.allclose((learned.tokens - before).abs(), torch.tensor(1e-2), rtol=0.05)  # Adam's first step is lr
+    assert all(parameter.grad is None for parameter in svd.parameters())
+
+
+def test_inversion_lowers_the_loss(svd, learned, clip):
+    """On fixed noise, so that the two losses differ by the tokens alone."""
+    generator = torch.Generator().manual_seed(5)
+    x0 = svd.encode(clip[None])
+    sigma, n = torch.tensor([1.0]), torch.randn(x0.shape, generator=generator)
+
+    @torch.no_grad()
+    def loss():
+        tokens = learned.spatial(1), learned.temporal(1)
+        cond = svd.prepare(clip[:1], tokens, learned.micro, torch.Generator().manual_seed(6))
+        return edm.loss(svd.network(cond), x0, sigma, n).item()
+
+    before = loss()
+    for _ in invert(svd, clip, learned, steps=40, lr=5e-2, flip=False, p_mean=0.0, p_std=0.5):
+        pass
+    assert learned.steps == 40
+    assert loss() < 0.9 * before
+
+
+def test_inversion_is_reproducible(svd, learned, clip):
+    def run(seed):
+        copy = replace(learned, tokens=learned.tokens.clone(), seed=seed)
+        losses = list(invert(svd, clip, copy, steps=2, lr=1e-2, flip=True, p_mean=2.8, p_std=1.6))
+        return losses, copy.tokens.detach()
+
+    (losses, tokens), (again, same), (other, _) = run(0), run(0), run(1)
+    assert losses == again and torch.equal(tokens, same)
+    assert losses != other
+
+
+def test_a_loss_that_is_not_finite_is_named_and_leaves_the_tokens(svd, learned, clip):
+    before = learned.tokens.clone()
+    with pytest.raises(FloatingPointError, match=r"step 1 \(sigma .*\) is not finite"):
+        list(invert(svd, clip * float("nan"), learned, steps=1, lr=1e-2, flip=True, p_mean=0.0, p_std=1.0))
+    assert torch.equal(learned.tokens, before)
+
+
+# -------------------------------------------------------------------------------- conditioning, shared by both programs
+
+
+def test_training_and_sampling_condition_alike(svd, learned, clip, monkeypatch, tmp_path):
+    """What the UNet is told in a training step is what it is told in sampling, for the same image and draws."""
+    seen = []
+    forward = svd.unet.forward
+    monkeypatch.setattr(svd.unet, "forward", lambda *args: seen.append([a.clone() for a in args]) or forward(*args))
+    monkeypatch.setattr(minimti.invert, "augment", lambda clip, generator, flip: clip)
+    motion.save(learned, tmp_path / "m.pt")
+
+    prepare, states = svd.prepare, []
+
+    def recorded(image, tokens, micro, generator):
+        states.append(generator.get_state())
+        return prepare(image, tokens, micro, generator)
+
+    monkeypatch.setattr(svd, "prepare", recorded)
+    list(invert(svd, clip, learned, steps=1, lr=1e-2, flip=True, p_mean=0.0, p_std=1.0))
+
+    generator = torch.Generator()
+    generator.set_state(states[0])
+    learned = motion.load(tmp_path / "m.pt")
+    with torch.inference_mode():
+        cond = prepare(clip[:1], (learned.spatial(1), learned.temporal(1)), learned.micro, generator)
+        list(svd.sample(cond, torch.randn(1, F, *LATENT), 1, (1.0, 3.0)))
+    (x, _, *training), (both, _, *sampling) = seen
+    assert torch.equal(x[:, :, 4:], both[1:, :, 4:]) and (both[:1, :, 4:] == 0).all()
+    for ours, guided in zip(training, sampling):
+        assert torch.equal(ours, guided[1:])
+    micro, spatial, temporal = sampling
+    assert torch.equal(micro[0], micro[1]) and (spatial[0] == 0).all() and (temporal[0] == 0).all()
+
+
+@torch.no_grad()
+def test_latents_have_their_scale(svd):
+    pixels = torch.rand(1, 2, 3, 64, 64) * 2 - 1
+    raw = svd.vae.moments(pixels[0]).chunk(2, dim=1)[0]
+    assert torch.allclose(svd.vae.encode(pixels[0]), raw, atol=1e-5)
+    assert torch.allclose(svd.encode(pixels)[0], 0.18215 * raw, atol=1e-5)
+    decoded = svd.vae.decoder(raw, num_frames=2)
+    assert torch.allclose(svd.vae.decode(0.18215 * raw[None])[0], decoded, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prepare(svd, clip):
+    image = clip[:1]
+    micro = replace(SMALL.micro, cond_aug=0.0)
+    cond = svd.prepare(image, svd.tokens_of(image, F), micro, torch.Generator())
+    assert torch.equal(cond.concat, svd.vae.encode(image)[:, None].expand(-1, F, -1, -1, -1))  # raw, not scaled
+    assert torch.equal(svd.encode(clip[None]), svd.vae.encode(clip)[None] * 0.18215)
+    assert cond.micro.tolist() == [[6, 127, 0]]
+    assert torch.equal(cond.spatial, svd.embed(image)[:, None, None].expand(-1, F, -1, -1))
+    assert torch.equal(cond.temporal, svd.embed(image)[:, None])
+    noisy = svd.prepare(image, svd.tokens_of(image, F), replace(micro, cond_aug=0.5), torch.Generator().manual_seed(2))
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(noisy.concat[:, 0], svd.vae.encode(image + 0.5 * noise))
+    assert torch.equal(noisy.spatial, cond.spatial)  # CLIP sees the clean image
+    assert (cond.without_image().concat == 0).all() and torch.equal(cond.without_image().spatial, cond.spatial)
+
+
+@torch.no_grad()
+def test_a_sample_that_is_not_finite_names_its_step(svd, learned, clip):
+    cond = svd.prepare(clip[:1], (learned.spatial(1), learned.temporal(1)), learned.micro, torch.Generator())
+    with pytest.raises(FloatingPointError, match=r"step 1 of 2 \(sigma 700\)"):
+        list(svd.sample(cond, torch.full((1, F, *LATENT), torch.inf), 2, (1.0, 3.0)))
