@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from minimti import cli, motion, video, weights
+from minimti.config import MODELS
 from minimti.files import InputError, check_writable
 
 
@@ -20,7 +21,9 @@ def parse():
     add("images", nargs="*", metavar="IMAGE", help="what shall move; one video each")
     add("--emb", metavar="FILE", help="the embedding that train.py wrote")
     add("--out", metavar="PATH", help="an .mp4 file for a single video, or a folder (default: the current one)")
-    cli.add_shared_arguments(parser)
+    cli.add_shared_arguments(
+        parser, default_model="the embedding's, or svd", default_size="the embedding's, or the model's"
+    )
     add("--steps", type=cli.integer(1), help="Euler steps (default: the model's, 25 for svd)")
     add("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help="of first and last frame (default: 1 3)")
     add("--fps", type=cli.integer(1), help="frames per second, told to the model and of the file (default: 7)")
@@ -58,6 +61,8 @@ def main() -> None:
         raise InputError("name an IMAGE to move (only --unconditional with --emb does without)")
     images = [video.read_image(path) for path in args.images]
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
+    if learned and not args.model and learned.model not in MODELS:
+        raise InputError(f"{args.emb}: made with a model called {learned.model!r}; pass its file or folder as --model")
     checkpoint = weights.find(args.model or (learned.model if learned else "svd"))
     config = checkpoint.config
     if learned:

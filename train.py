@@ -16,8 +16,7 @@ def parse():
     add = parser.add_argument
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
-    cli.add_shared_arguments(parser)
-    parser.set_defaults(model="svd")
+    cli.add_shared_arguments(parser, default_model="svd", default_size="the model's, 1024x576 for svd")
     add("--steps", type=cli.integer(0), default=1000, help="optimisation steps (default: %(default)s)")
     add("--lr", type=cli.number, default=1e-2, help="Adam's learning rate (default: %(default)s)")
     add("--tokens", type=cli.integer(1), default=5, metavar="N", help="tokens per set (default: %(default)s)")
@@ -35,7 +34,7 @@ def main() -> None:
     check_writable(args.out)
     existing(args.video)
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    checkpoint = weights.find(args.model)
+    checkpoint = weights.find(args.model or "svd")
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
@@ -70,7 +69,7 @@ def main() -> None:
         with tqdm(losses, total=args.steps, desc="inversion", bar_format=layout) as progress:
             for loss in progress:
                 recent.append(loss)
-                progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+                progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
     finally:  # an interrupt at step 900 keeps the 900
         if learned.steps > 0 or args.steps == 0:
             motion.save(learned, args.out)

@@ -45,10 +45,11 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, default_model: str, default_size: str) -> None:
     add = parser.add_argument
-    add("--model", metavar="NAME|PATH", help=f"{', '.join(MODELS)}, a .safetensors file, or a diffusers folder")
-    add("--size", type=size, metavar="WxH", help="pixels; input of another shape is cropped at the centre")
+    models = f"{', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
+    add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
+    add("--size", type=size, metavar="WxH", help=f"multiples of 64 pixels; cropped to (default: {default_size})")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
     add("--device", default=default_device(), help="cuda, mps, cpu, ... (default here: %(default)s)")
     add("--dtype", choices=DTYPES, help="of UNet and CLIP tower (default: bfloat16 on cuda, else float32)")

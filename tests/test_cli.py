@@ -166,7 +166,7 @@ SAMPLE = [
     (["--unconditional"], "name an IMAGE to move"),
     (["--emb", "img.png", "img.png"], "img.png: not a motion-text embedding written by train.py"),
     (["--emb", "m.pt", "img.png", "--model", "other.safetensors"], "the embedding is for model 'small'"),
-    (["--emb", "m.pt", "img.png"], "small: neither a model (svd, svd-xt) nor a file or folder"),
+    (["--emb", "m.pt", "img.png"], "m.pt: made with a model called 'small'; pass its file or folder as --model"),
     (["--emb", "m.pt", "img.png", "copy/img.png", *SMALL_FILE], "2 images of the same name would all become img_m.mp4"),
     (["--emb", "m.pt", "img.png", "second.png", "--out", "x.mp4", *SMALL_FILE], "one file cannot hold 2 videos"),
     (["img.png", "--out", "ref.txt", *SMALL_FILE], "ref.txt: is a file; name a folder"),
