@@ -51,7 +51,7 @@ class Blend(nn.Module):
         self.weighs_temporal = weighs_temporal
 
     def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
-        weight = self.mix_factor.sigmoid()
+        weight = self.mix_factor.sigmoid().to(spatial.dtype)
         return torch.lerp(spatial, temporal, weight) if self.weighs_temporal else torch.lerp(temporal, spatial, weight)
 
 
