@@ -1,6 +1,7 @@
 """What the two command lines share: arguments, their types, and how an error ends a program."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -20,23 +21,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+def integer(minimum: int, maximum: int) -> Callable[[str], int]:
     """An argument type: whole numbers from `minimum` to `maximum`."""
+    return _within(int, minimum, maximum)
 
-    def parse(text: str) -> int:
-        if not minimum <= (value := int(text)) <= maximum:
-            raise argparse.ArgumentTypeError(f"{value} is not in {minimum}..{maximum}")
+
+def number(minimum: float, maximum: float) -> Callable[[str], float]:
+    """An argument type: numbers from `minimum` to `maximum`."""
+    return _within(float, minimum, maximum)
+
+
+def _within(kind: type, minimum: float, maximum: float) -> Callable:
+    def parse(text: str) -> float:
+        if not minimum <= (value := kind(text)) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not in {minimum}..{maximum}")
         return value
 
-    parse.__name__ = "whole number"  # argparse's word for what it could not parse
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse's word for what it could not parse
     return parse
-
-
-def number(text: str) -> float:
-    """An argument type: finite numbers that are not negative."""
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
 
 
 def size(text: str) -> tuple[int, int]:
@@ -62,15 +64,16 @@ def default_device() -> str:
 def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Raises InputError where the device does not exist here."""
     try:
-        chosen = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is one: meta cannot compute
         raise InputError(f"--device {device}: not available here; cpu always is") from error
+    chosen = torch.device(device)
     return chosen, DTYPES[dtype or ("bfloat16" if chosen.type == "cuda" else "float32")]
 
 
 def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
     """Raises InputError where the networks cannot halve such an image as often as they do."""
-    if any(length <= 0 or length % config.granularity for length in size):
+    if any(not 0 < length <= 8192 or length % config.granularity for length in size):
         raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {config.granularity}")
     return size
 
@@ -78,15 +81,20 @@ def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line."""
     prog = sys.argv[0].rsplit("/", 1)[-1]
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except InputError as error:
         sys.exit(_say(prog, str(error), 2))
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
         sys.exit(_say(prog, str(error).splitlines()[0], 1))
     except KeyboardInterrupt:
         sys.exit(_say(prog, "interrupted", 130))
     sys.exit(0)
+
+
+def _interrupt(*_) -> NoReturn:
+    raise KeyboardInterrupt  # a polite kill is treated like Ctrl-C
 
 
 def _say(prog: str, message: str, code: int) -> int:

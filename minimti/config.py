@@ -1,7 +1,8 @@
 """Sizes of the networks, the constants of their training, and the named models."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,24 @@ def to_json(config: SVDConfig) -> str:
 
 
 def from_json(text: str) -> SVDConfig:
-    """Inverse of `to_json`. Raises ValueError or TypeError where a field is missing, unknown or no JSON."""
+    """Inverse of `to_json`. Raises ValueError, TypeError or AttributeError where it is not the text of one."""
     parts = {"unet": UNetConfig, "vae": VAEConfig, "clip": CLIPConfig, "micro": MicroConditioning}
-    fields = _lists_to_tuples(json.loads(text))
-    return SVDConfig(**{key: parts[key](**value) if key in parts else value for key, value in fields.items()})
+    entries = _lists_to_tuples(json.loads(text))
+    config = SVDConfig(**{key: checked(parts[key](**v)) if key in parts else v for key, v in entries.items()})
+    return checked(config)
+
+
+def checked(config):
+    """The same dataclass. Raises TypeError where a number is not of its field's type, or not one from 0 up."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        signed = field.name == "p_mean"  # the mean of a logarithm
+        for entry in value if isinstance(value, tuple) else (value,):
+            wrong = isinstance(entry, (int, float)) and (not -math.inf < entry < math.inf or entry < 0 and not signed)
+            of_kind = {int: int, float: (int, float), str: str}.get(field.type, object)
+            if wrong or isinstance(entry, bool) or not isinstance(entry, of_kind):
+                raise TypeError(f"{field.name} is {value!r}")
+    return config
 
 
 def _lists_to_tuples(fields: dict) -> dict:

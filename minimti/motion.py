@@ -1,6 +1,6 @@
 """The motion-text embedding m of the paper, and its file."""
 
-import pickle
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minimti import __version__
-from minimti.config import MicroConditioning, SVDConfig
+from minimti.config import MicroConditioning, SVDConfig, checked
 from minimti.files import InputError, existing, whole_file
 
 INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
@@ -29,13 +29,10 @@ class Motion:
     def num_frames(self) -> int:
         return self.tokens.shape[0] - 1
 
-    def spatial(self, batch: int) -> Tensor:
-        """[B, F, N, d]"""
-        return self.tokens[:-1].expand(batch, -1, -1, -1)
-
-    def temporal(self, batch: int) -> Tensor:
-        """[B, N, d]"""
-        return self.tokens[-1].expand(batch, -1, -1)
+    @property
+    def sets(self) -> tuple[Tensor, Tensor]:
+        """The tokens as `SVD.prepare` takes them, for a batch of one: spatial [1, F, N, d], temporal [1, N, d]."""
+        return self.tokens[None, :-1], self.tokens[-1:]
 
     def check_fits(self, config: SVDConfig) -> None:
         """Raises InputError if the embedding was optimised on another model than `config` describes."""
@@ -67,12 +64,15 @@ def load(path: str | Path) -> Motion:
     """Reads a file of `save`, tokens on the CPU. Raises InputError where it is anything else."""
     path = existing(path)
     try:
-        fields = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of other kinds of file; the answer below says it
+            fields = torch.load(path, map_location="cpu", weights_only=True)
         del fields["version"]
-        motion = Motion(**{**fields, "micro": MicroConditioning(**fields["micro"])})
-        _, _, _ = motion.tokens.shape
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError) as error:
+        motion = Motion(**{**fields, "micro": checked(MicroConditioning(**fields["micro"]))})
+        num_sets, num_tokens, width = motion.tokens.shape
+        width_and_height = [int(length) for length in motion.size]
+        usable = motion.tokens.dtype == torch.float32 and num_sets > 1 and num_tokens > 0 and len(width_and_height) == 2
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{path}: not a motion-text embedding written by train.py") from error
-    if not motion.tokens.isfinite().all():
-        raise InputError(f"{path}: the embedding holds numbers that are not finite; train it again")
+    if not usable or not motion.tokens.isfinite().all():
+        raise InputError(f"{path}: an embedding of odd shape, or of numbers that are not finite; train it again")
     return motion

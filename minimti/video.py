@@ -1,5 +1,6 @@
 """Clips and images, read and written."""
 
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def read_clip(path: str | Path, num_frames: int, start: float, stride: int) -> T
     path = existing(path)
     frames, decoded = [], 0
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:  # a colon in a bare name would be a protocol
             if not container.streams.video:
                 raise InputError(f"{path}: has no video stream")
             stream = container.streams.video[0]
@@ -36,10 +37,12 @@ def read_clip(path: str | Path, num_frames: int, start: float, stride: int) -> T
                 if decoded % stride == 0:
                     upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones film sideways
                     frames.append(torch.from_numpy(upright.copy()).permute(2, 0, 1))
+                    if frames[-1].shape != frames[0].shape:
+                        raise InputError(f"{path}: its frames change their size; cut it to a part of one size")
                 decoded += 1
                 if len(frames) == num_frames:
                     return torch.stack(frames)
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as a video ({error})") from error
     raise InputError(
         f"{path}: {num_frames} frames at stride {stride} from {start:g} s need {(num_frames - 1) * stride + 1} frames,"
@@ -51,10 +54,12 @@ def read_image(path: str | Path) -> Tensor:
     """uint8 [1, 3, H, W], upright; transparency is laid over white. Raises InputError where it is not an image."""
     path = existing(path)
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of large images, of odd metadata
+            if image.mode[0] in "IF":  # more than 8 bits, in a range that the file does not tell
+                raise InputError(f"{path}: is an image of mode {image.mode}; convert it to 8 bits per channel")
             image = ImageOps.exif_transpose(image).convert("RGBA")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image") from error
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
     white = Image.new("RGBA", image.size, "white")
     pixels = np.array(Image.alpha_composite(white, image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
@@ -79,7 +84,7 @@ def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
     The same clip gives the same bytes. Width and height must be even.
     """
     frames = ((clip.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    with whole_file(path) as part, av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
+    with whole_file(path) as part, av.open(f"file:{part}", "w", options={"movflags": "+faststart"}) as container:
         # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
         options = {"crf": "12", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)

@@ -127,8 +127,11 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> SV
     Raises InputError where the files do not hold exactly the tensors of the model.
     """
     path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.tensors
-    with torch.device("meta"):
-        svd = SVD(config)
+    try:
+        with torch.device("meta"):
+            svd = SVD(config)
+    except Exception as error:  # of whichever layer its numbers do not suit
+        raise InputError(f"{path}: the configuration in its metadata describes no network ({error})") from error
     made = {}
     if path.is_dir():
         wanted, drops = sources(svd, folder_source, config), ()
@@ -174,10 +177,16 @@ def locate(model: str, weights: Path = WEIGHTS) -> tuple[Path, SVDConfig]:
     if model in MODELS:
         return _local(model, weights) or _cached(model) or _download(model), MODELS[model]
     path = Path(model)
-    if not path.exists():
-        raise InputError(f"--model {model}: neither a model ({', '.join(MODELS)}) nor a file or folder")
-    by_name = {SINGLE_FILES[name]: name for name in MODELS} | {Path(REPOSITORIES[name]).name: name for name in MODELS}
-    return path, MODELS[by_name.get(path.resolve().name, "svd")]
+    if not path.is_dir():
+        try:
+            existing(path)
+        except InputError as error:
+            names = ", ".join(MODELS)
+            raise InputError(f"--model {error}; name one of {names}, a .safetensors file, or a folder") from error
+    # The two models have the same sizes and differ in how many frames they make.
+    names = (path.name, path.resolve().name)
+    of_xt = any(name.startswith(("svd_xt", Path(REPOSITORIES["svd-xt"]).name)) for name in names)
+    return path, MODELS["svd-xt" if of_xt else "svd"]
 
 
 def _local(model: str, weights: Path) -> Path | None:
@@ -211,14 +220,16 @@ def _cached(model: str) -> Path | None:
 def _download(model: str) -> Path:
     """Half precision in three files, 4.5 GB: the smallest official set. The library resumes what was interrupted."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils.logging import set_verbosity_error
 
+    set_verbosity_error()  # of every attempt it makes, a line
     repository = REPOSITORIES[model]
     try:
         paths = [hf_hub_download(repository, name.format(".fp16")) for name in FOLDER_FILES.values()]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # its own errors, those of whichever HTTP client it has, and those of the disk
         status = getattr(getattr(error, "response", None), "status_code", None)
-        what = "wants its licence accepted" if status in (401, 403) else f"gave no files ({type(error).__name__})"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        what = "wants its licence accepted" if status in (401, 403) else f"gave no files ({reason})"
         raise InputError(
             f"{model}: the hub {what}: accept the licence on https://huggingface.co/{repository},"
             f" run `hf auth login`, and try again; or put {SINGLE_FILES[model]} from there into {WEIGHTS}"

@@ -36,8 +36,8 @@ def files(kind: str) -> list:
     params = []
     for path in sorted(FOLDER.glob("*.safetensors")):
         if path.stem.split("_")[0] == kind:
-            width = read(path)[0].get("model_channels", 0)
-            full = width >= MODELS["svd"].unet.model_channels
+            sizes = read(path)[0]
+            full = sizes.get("model_channels", 0) >= 320 or sizes.get("ch", 0) >= 128
             params.append(pytest.param(path, id=path.stem, marks=pytest.mark.full if full else ()))
     return params
 

@@ -154,6 +154,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         part.write_text("half")
         raise RuntimeError
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    for bad, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.txt", "no folder that can be written to")):
+    for bad, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.txt", "cannot be written")):
         with pytest.raises(InputError, match=message), whole_file(bad):
             pass
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video.write_clip("12:30.mp4", gradients(2), 7)
+    assert video.read_clip("12:30.mp4", 2, 0, 1).shape == (2, 3, 64, 96)

@@ -138,14 +138,18 @@ def test_files_that_are_something_else(small, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="not Stable Video Diffusion as expected: lacks"):
         load(tmp_path / "other.safetensors")
-    for text in ("{}", "not json", json.dumps({"unet": 3}), "[]"):
+    wrong = [{**json.loads(to_json(SMALL)), "num_frames": n} for n in (-3, "4", None, True, 4.5, float("nan"))]
+    for text in ("{}", "not json", json.dumps({"unet": 3}), "[]", *map(json.dumps, wrong)):
         save_file({"x": torch.zeros(1)}, tmp_path / "config.safetensors", {"config": text})
         with pytest.raises(InputError, match="configuration in its metadata cannot be read"):
             weights.find(str(tmp_path / "config.safetensors"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "config.safetensors", {"config": to_json(SMALL).replace("32", "30")})
+    with pytest.raises(InputError, match="describes no network"):
+        load(tmp_path / "config.safetensors")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="a diffusers folder of Stable Video Diffusion holds unet/"):
         weights.find(str(tmp_path / "folder"))
-    with pytest.raises(InputError, match="neither a model"):
+    with pytest.raises(InputError, match="nothing: no such file; name one of svd, svd-xt"):
         weights.find(str(tmp_path / "nothing"))
 
 
@@ -158,7 +162,7 @@ def test_a_configuration_survives_json(config):
 
 
 def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
-    for name, expected in (("svd_xt.safetensors", "svd-xt"), ("svd.safetensors", "svd"), ("mine.safetensors", "svd")):
+    for name, expected in (("svd_xt_1_1.safetensors", "svd-xt"), ("svd.safetensors", "svd"), ("mine.st", "svd")):
         (tmp_path / name).touch()
         assert weights.locate(str(tmp_path / name)) == (tmp_path / name, MODELS[expected])
 
