@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from minimti import cli, motion, video, weights
 from minimti.config import MODELS
-from minimti.files import InputError, check_writable
+from minimti.files import InputError, check_writable, make_folder
 
 
 def parse():
@@ -20,50 +20,47 @@ def parse():
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="what shall move; one video each")
     add("--emb", metavar="FILE", help="the embedding that train.py wrote")
-    add("--out", metavar="PATH", help="an .mp4 file for a single video, or a folder (default: the current one)")
-    cli.add_shared_arguments(
-        parser, default_model="the embedding's, or svd", default_size="the embedding's, or the model's"
-    )
-    add("--steps", type=cli.integer(1), help="Euler steps (default: the model's, 25 for svd)")
-    add("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help="of first and last frame (default: 1 3)")
-    add("--fps", type=cli.integer(1), help="frames per second, told to the model and of the file (default: 7)")
-    add("--motion-bucket", type=cli.integer(0), help="how much moves, 0..255 in training (default: 127)")
-    add("--noise-aug", type=cli.number, help="noise on the image before it is encoded (default: 0.02)")
+    add("--out", default=".", metavar="PATH", help="an .mp4 file for a single video, or a folder (default: this one)")
+    cli.add_shared_arguments(parser, default_model="the embedding's, or svd", default_size="likewise")
+    add("--steps", type=cli.integer(1, 10**4), help="Euler steps (default: the model's, 25 for svd)")
+    guidance = cli.number(-1000, 1000)
+    add("--guidance", type=guidance, nargs=2, metavar=("MIN", "MAX"), help="of first and last frame (default: 1 3)")
+    add("--fps", type=cli.integer(1, 1000), help="frames per second, told to the model and of the file (default: 7)")
+    add("--motion-bucket", type=cli.integer(0, 10**4), help="how much moves, 0..255 in training (default: 127)")
+    add("--noise-aug", type=cli.number(0, 100), help="noise on the image before it is encoded (default: 0.02)")
     add(
-        "--unconditional",
-        action="store_true",
-        help="zero the image to see the motion alone; --guidance 1 10 by default",
+        "--unconditional", action="store_true", help="zero the image: the motion alone, with --guidance 1 10 by default"
     )
     return parser.parse_args()
 
 
 def outputs(args, label: str) -> list[Path]:
-    """Where each video goes. Raises InputError where one could not be written or would replace another."""
+    """Where each video goes. Raises InputError where one would replace another, or cannot be meant."""
     names = [f"{Path(image).stem}_{label}.mp4" for image in args.images] or [f"{label}_unconditional.mp4"]
-    out = Path(args.out or ".")
-    if out.suffix == ".mp4":
+    out = Path(args.out)
+    if out.suffix.lower() == ".mp4":
         if len(names) > 1:
             raise InputError(f"--out {out}: one file cannot hold {len(names)} videos; name a folder")
-        return [check_writable(out)]
-    if out.is_file():
-        raise InputError(f"--out {out}: is a file; name a folder, or a file that ends in .mp4")
+        return [check_writable(out, *args.images)]
+    if out.is_file() or out.suffix.lower() in (".gif", ".mov", ".webm", ".mkv", ".avi"):
+        raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise InputError(f"{count} images of the same name would all become {name}; sample them apart")
-    out.mkdir(parents=True, exist_ok=True)
-    return [check_writable(out / name) for name in names]
+    return [out / name for name in names]
 
 
 def main() -> None:
     args = parse()
-    learned = motion.load(args.emb) if args.emb else None
+    learned = None if args.emb is None else motion.load(args.emb)
     if not args.images and not (args.unconditional and learned):
         raise InputError("name an IMAGE to move (only --unconditional with --emb does without)")
     images = [video.read_image(path) for path in args.images]
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    if learned and not args.model and learned.model not in MODELS:
+    if learned and args.model is None and learned.model not in MODELS:
         raise InputError(f"{args.emb}: made with a model called {learned.model!r}; pass its file or folder as --model")
-    checkpoint = weights.find(args.model or (learned.model if learned else "svd"))
+    model = args.model if args.model is not None else learned.model if learned else "svd"
+    checkpoint = weights.find(model)
     config = checkpoint.config
     if learned:
         learned.check_fits(config)
@@ -79,19 +76,29 @@ def main() -> None:
     num_steps = args.steps or config.num_steps
 
     svd = weights.load(checkpoint, device, dtype)
-    nothing = torch.zeros(1, 3, size[1], size[0])
+    clips = [video.fit(image, size) for image in images] or [torch.zeros(1, 3, size[1], size[0])]
+    # All encoding, then all denoising, then all decoding: at no time is a network in memory that is not needed again.
     with torch.inference_mode():
-        for image, path in zip([video.fit(image, size) for image in images] or [nothing], paths):
+        jobs = []
+        for image in clips:
             generator = torch.Generator().manual_seed(args.seed)
             image = image.to(device)
-            tokens = (learned.spatial(1), learned.temporal(1)) if learned else svd.tokens_of(image, num_frames)
+            tokens = learned.sets if learned else svd.tokens_of(image, num_frames)
             cond = svd.prepare(image, tokens, micro, generator)
-            if args.unconditional:
-                cond = cond.without_image()
             n = torch.randn(cond.concat.shape, generator=generator).to(device)
+            jobs.append((cond.without_image() if args.unconditional else cond, n))
+        del svd.clip
+
+        latents = []
+        for (cond, n), path in zip(jobs, paths):
             for x in tqdm(svd.sample(cond, n, num_steps, guidance), total=num_steps, desc=path.stem):
-                latents = x
-            video.write_clip(path, svd.vae.decode(latents)[0], micro.fps_id + 1)
+                last = x
+            latents.append(last)
+        del svd.unet
+
+        make_folder(paths[0].parent)
+        for x, path in zip(latents, paths):
+            video.write_clip(path, svd.decode(x)[0], micro.fps_id + 1)
             print(f"video  {path}: {num_frames} frames, {size[0]}x{size[1]}, {micro.fps_id + 1} fps, seed {args.seed}")
 
 

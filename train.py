@@ -2,13 +2,15 @@
 
 import time
 from collections import deque
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from minimti import cli, motion, video, weights
 from minimti.files import check_writable, existing
-from minimti.invert import invert
+from minimti.invert import View, invert, view
+from minimti.memory import MODES, set_mode
 
 
 def parse():
@@ -17,24 +19,30 @@ def parse():
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
     cli.add_shared_arguments(parser, default_model="svd", default_size="the model's, 1024x576 for svd")
-    add("--steps", type=cli.integer(0), default=1000, help="optimisation steps (default: %(default)s)")
-    add("--lr", type=cli.number, default=1e-2, help="Adam's learning rate (default: %(default)s)")
-    add("--tokens", type=cli.integer(1), default=5, metavar="N", help="tokens per set (default: %(default)s)")
-    add("--frames", type=cli.integer(1), metavar="F", help="frames to learn from (default: as many as the model makes)")
-    add("--start", type=cli.number, default=0.0, metavar="SECONDS", help="time of the first frame (default: 0)")
-    add("--stride", type=cli.integer(1), default=1, metavar="K", help="take every K-th frame (default: %(default)s)")
+    add("--steps", type=cli.integer(0, 10**6), default=1000, help="optimisation steps (default: %(default)s)")
+    add("--lr", type=cli.number(0, 100), default=1e-2, help="Adam's learning rate (default: %(default)s)")
+    add("--tokens", type=cli.integer(1, 1000), default=5, metavar="N", help="tokens per set (default: %(default)s)")
+    add("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
+    add("--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="of the first frame (default: 0)")
+    add("--stride", type=cli.integer(1, 10**6), default=1, metavar="K", help="take every K-th frame (default: 1)")
     add("--no-flip", action="store_true", help="never mirror the clip: for motions that have a left and a right")
-    add("--p-mean", type=float, help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
-    add("--p-std", type=cli.number, help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
+    add("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
+    add("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
+    cache = (
+        "augmented views to encode once and reuse; 0, as in the paper: a fresh one every step (default: %(default)s)"
+    )
+    add("--cache", type=cli.integer(0, 10**5), default=25, metavar="K", help=cache)
+    memory = "how much of the forward pass to keep; the rest is computed again (default: %(default)s)"
+    add("--memory", choices=MODES, default="balanced", help=memory)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    check_writable(args.out)
     existing(args.video)
+    check_writable(args.out, args.video, args.model or "")
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    checkpoint = weights.find(args.model or "svd")
+    checkpoint = weights.find("svd" if args.model is None else args.model)
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
@@ -53,16 +61,20 @@ def main() -> None:
         embeddings = svd.embed(clip)
     tokens = motion.initialise(embeddings, args.tokens, torch.Generator().manual_seed(args.seed))
     learned = motion.Motion(tokens, config.name, config.micro, size, steps=0, seed=args.seed)
-    losses = invert(
-        svd,
-        clip,
-        learned,
-        steps=args.steps,
-        lr=args.lr,
-        flip=not args.no_flip,
-        p_mean=config.p_mean if args.p_mean is None else args.p_mean,
-        p_std=config.p_std if args.p_std is None else args.p_std,
-    )
+    del svd.clip  # it has said all it will be asked
+
+    views = fresh = partial(view, svd, clip, learned, not args.no_flip)
+    if args.cache:
+        cached = [fresh(k) for k in tqdm(range(min(args.cache, args.steps)), desc="encoding")]
+        del svd.vae
+
+        def views(step: int) -> View:
+            return cached[step % len(cached)]
+
+    set_mode(svd.unet, args.memory)
+    p_mean = config.p_mean if args.p_mean is None else args.p_mean
+    p_std = config.p_std if args.p_std is None else args.p_std
+    losses = invert(svd, views, learned, steps=args.steps, lr=args.lr, p_mean=p_mean, p_std=p_std)
     recent = deque(maxlen=50)
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     try:
@@ -71,7 +83,7 @@ def main() -> None:
                 recent.append(loss)
                 progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
     finally:  # an interrupt at step 900 keeps the 900
-        if learned.steps > 0 or args.steps == 0:
+        if learned.steps == args.steps or (learned.steps > 0 and learned.tokens.isfinite().all()):
             motion.save(learned, args.out)
             shape = "x".join(map(str, learned.tokens.shape))
             print(f"embedding  {args.out}: {shape} tokens after {learned.steps} steps")

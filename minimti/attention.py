@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.layers import NORM_GROUPS, Blend, TimestepEmbedding, sinusoid
+from minimti.memory import SLICE, Frugal
 
 
 class Attention(nn.Module):
@@ -39,14 +40,17 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Frugal):
+    """Its hidden layer, eight times as wide as x, is the largest tensor of the network."""
+
     def __init__(self, dim: int):
         super().__init__()
         # The identity stands where training had dropout, so that the last layer is `net.2` as in the files.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        rows = x.flatten(0, -2)
+        return self.in_slices(self.net, rows, num_slices=-(-8 * rows.nbytes // SLICE)).view(x.shape)
 
 
 class TransformerBlock(nn.Module):

@@ -1,7 +1,7 @@
 """Layers that the UNet and the VAE share.
 
-Attribute names throughout the networks are those of the diffusers weight files; weights.py renames the official
-single file to them. A clip travels through the networks as [(B F), C, H, W]; a layer over time unfolds it and folds
+Attribute names throughout the networks are those of the diffusers weight files; layouts.py has the names of the
+official single file. A clip travels through the networks as [(B F), C, H, W]; a layer over time unfolds it and folds
 it back, so `num_frames` (F) accompanies it.
 """
 
@@ -55,6 +55,11 @@ class Blend(nn.Module):
         return torch.lerp(spatial, temporal, weight) if self.weighs_temporal else torch.lerp(temporal, spatial, weight)
 
 
+def silu(fresh: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else holds, in its place where no backward pass will ask for it."""
+    return F.silu(fresh, inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + embedding))), over space or over time as `conv` chooses."""
 
@@ -71,11 +76,11 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         if embedding is not None:
             shift = self.time_emb_proj(F.silu(embedding))  # [batch, C]
             h = h + shift.view(*shift.shape, *[1] * (h.ndim - 2))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minimti import clip, edm
 from minimti.config import MicroConditioning, SVDConfig
+from minimti.decode import decode
 from minimti.unet import UNet
 from minimti.vae import VAE
 
@@ -31,13 +32,13 @@ class Conditioning:
             self.without_image(), spatial=torch.zeros_like(self.spatial), temporal=torch.zeros_like(self.temporal)
         )
 
-    def __add__(self, other: "Conditioning") -> "Conditioning":
+    def beside(self, other: "Conditioning") -> "Conditioning":
         """The batch of both."""
         return Conditioning(*(torch.cat(pair) for pair in zip(vars(self).values(), vars(other).values())))
 
 
 class SVD(nn.Module):
-    """Stable Video Diffusion. The VAE stays in fp32; UNet and CLIP tower may be of a lower precision."""
+    """Stable Video Diffusion. Its networks may be of any precision; what goes in and comes out is fp32."""
 
     def __init__(self, config: SVDConfig):
         super().__init__()
@@ -55,6 +56,14 @@ class SVD(nn.Module):
         """Clip [B, F, 3, H, W] in [-1,1] -> scaled latents [B, F, z, h, w]."""
         raw = self.vae.encode(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
         return raw * self.config.vae.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, F, z, h, w] -> clips [B, F, 3, H, W], about [-1,1].
+
+        All frames see each other: a decode in chunks of frames is another function, and flickers at the seams.
+        """
+        raw = (latents / self.config.vae.scale_factor).to(self.vae.quant_conv.weight.dtype)
+        return torch.stack([decode(self.vae.decoder, clip) for clip in raw]).to(latents.dtype)
 
     def tokens_of(self, image: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
         """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding, alone in every set.
@@ -98,7 +107,7 @@ class SVD(nn.Module):
         Guidance is a scale for the first frame and one for the last. Raises FloatingPointError at the end if a step
         went wrong, naming it: checking as it goes would make the device wait.
         """
-        both = self.network(cond.negative() + cond)
+        both = self.network(cond.negative().beside(cond))
         scale = edm.guidance_scale(*guidance, num_frames=n.shape[1]).to(n)
 
         def D(x: Tensor, sigma: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """The spatiotemporal UNet of Stable Video Diffusion (sgm's VideoUNet), with a set of tokens for every frame."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.attention import SpatioTemporalTransformer
 from minimti.config import UNetConfig
-from minimti.layers import NORM_GROUPS, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, sinusoid
+from minimti.layers import NORM_GROUPS, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, silu, sinusoid
+from minimti.memory import Frugal
 
 # The official code has 1e-5 in every res block; diffusers differs in 72 places, by 1.6e-5 of the output.
 EPS = 1e-5
@@ -21,7 +21,7 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class Block(nn.Module):
+class Block(Frugal):
     """Res blocks, each followed by a transformer on the levels that attend: the common part of all blocks."""
 
     def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], num_attentions: int):
@@ -46,12 +46,12 @@ class DownBlock(Block):
         """Returns every feature map that a skip connection carries; the last one goes down."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, embedding, num_frames=spatial.shape[1])
+            x = self.frugally(resnet, x, embedding, spatial.shape[1])
             if self.attentions:
-                x = self.attentions[i](x, spatial, temporal)
+                x = self.frugally(self.attentions[i], x, spatial, temporal)
             skips.append(x)
         for downsample in self.downsamplers:
-            skips.append(downsample(x))
+            skips.append(self.frugally(downsample, x))
         return skips
 
 
@@ -61,9 +61,9 @@ class MidBlock(Block):
 
     def forward(self, x: Tensor, embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         num_frames = spatial.shape[1]
-        x = self.resnets[0](x, embedding, num_frames)
-        x = self.attentions[0](x, spatial, temporal)
-        return self.resnets[1](x, embedding, num_frames)
+        x = self.frugally(self.resnets[0], x, embedding, num_frames)
+        x = self.frugally(self.attentions[0], x, spatial, temporal)
+        return self.frugally(self.resnets[1], x, embedding, num_frames)
 
 
 class UpBlock(Block):
@@ -72,15 +72,19 @@ class UpBlock(Block):
         super().__init__(config, widths, len(widths) if attends else 0)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsamples else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        """Takes one skip connection per res block from the end of `skips`."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), embedding, num_frames=spatial.shape[1])
+    def forward(self, skips: list[Tensor], embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        """Takes its input from the end of `skips`, then one skip connection per res block."""
+        x = skips.pop()
+        for i in range(len(self.resnets)):
+            x = self.frugally(self._join, i, x, skips.pop(), embedding, spatial.shape[1])
             if self.attentions:
-                x = self.attentions[i](x, spatial, temporal)
+                x = self.frugally(self.attentions[i], x, spatial, temporal)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = self.frugally(upsample, x)
         return x
+
+    def _join(self, i: int, x: Tensor, skip: Tensor, embedding: Tensor, num_frames: int) -> Tensor:
+        return self.resnets[i](torch.cat([x, skip], dim=1), embedding, num_frames)
 
 
 class UNet(nn.Module):
@@ -145,8 +149,8 @@ class UNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], embedding, spatial, temporal)
-        x = self.mid_block(skips[-1], embedding, spatial, temporal)
+        skips.append(self.mid_block(skips[-1], embedding, spatial, temporal))
         for block in self.up_blocks:
-            x = block(x, skips, embedding, spatial, temporal)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+            skips.append(block(skips, embedding, spatial, temporal))  # on the stack: a name here would keep it alive
+        x = self.conv_out(silu(self.conv_norm_out(skips.pop())))
         return x.unflatten(0, (batch, num_frames)).to(out_dtype)

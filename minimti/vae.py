@@ -156,18 +156,9 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(pixels))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[batch, 3, H, W] in [-1,1] -> raw latents [batch, z, H/8, W/8], the posterior's mode.
+        """[batch, 3, H, W] in [-1,1] -> raw latents [batch, z, H/8, W/8], the posterior's mode, in the dtype of pixels.
 
         One image at a time: the encoder knows nothing of time, and a clip at once would take 20 GiB at 1024x576.
         """
-        return torch.cat([self.moments(image).chunk(2, dim=1)[0] for image in pixels.split(1)])
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, F, z, h, w] -> pixels [B, F, 3, 8 h, 8 w], about [-1,1].
-
-        All frames at once: the layers over time pad with zeros and normalise over the whole clip, so a decode in
-        chunks of frames is another function, and flickers at the seams.
-        """
-        batch, num_frames = latents.shape[:2]
-        pixels = self.decoder(latents.flatten(0, 1) / self.config.scale_factor, num_frames)
-        return pixels.unflatten(0, (batch, num_frames))
+        images = pixels.to(self.quant_conv.weight.dtype).split(1)
+        return torch.cat([self.moments(image).chunk(2, dim=1)[0] for image in images]).to(pixels.dtype)

@@ -1,8 +1,11 @@
 """Both command lines as a user runs them: subprocesses, a weight file of reduced size, real videos."""
 
+import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -14,7 +17,10 @@ from PIL import Image
 
 import sample
 import train
-from minimti import cli, motion, video
+from minimti import cli, motion, video, weights
+from minimti.config import MODELS
+from minimti.memory import MODES
+from minimti.svd import SVD
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
@@ -92,29 +98,92 @@ def test_training_reports_and_saves(work, call):
     assert (learned.num_frames, learned.size, learned.seed) == (3, (64, 64), 4)
 
 
+def test_the_defaults_of_training_are_the_papers(work, call, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "invert", lambda svd, views, learned, **settings: seen.update(settings) or iter([]))
+    monkeypatch.setattr(train, "view", lambda svd, clip, learned, flip, index: seen.update(flip=flip))
+    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[0] == 0
+    assert seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "flip": True}
+    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--no-flip")[0] == 0
+    assert seen["flip"] is False
+    monkeypatch.setattr(weights, "find", lambda model: seen.update(model=model) or sys.exit(0))
+    for program, args in (("train.py", ["ref.mp4"]), ("sample.py", ["img.png"])):
+        assert call(program, *args)[0] == 0 and seen.pop("model") == "svd"
+
+
+def test_tokens_begin_as_the_embeddings_of_the_frames(work, call):
+    assert call("train.py", "ref.mp4", *SMALL_FILE, "--steps", "0", "--out", "zero.pt", "--stride", "3")[0] == 0
+    svd = weights.load(weights.find("small.safetensors"), torch.device("cpu"), torch.float32)
+    frames = video.fit(video.read_clip("ref.mp4", 4, 0, 3), SMALL.size)
+    embeddings = svd.embed(frames)
+    tokens = motion.load("zero.pt").tokens
+    assert tokens.shape == (5, 5, 48)
+    assert (tokens[:4] - embeddings[:, None]).std().item() == pytest.approx(0.1, rel=0.2)
+    assert (tokens[4] - embeddings.mean(0)).std().item() == pytest.approx(0.1, rel=0.3)
+
+
 def test_every_setting_of_training_reaches_the_tokens(work, call):
     """Also guards against a learning rate that never reaches the optimiser."""
     tokens = set()
-    for setting in (["--lr", "0.1"], ["--p-mean", "0"], ["--p-std", "0"], ["--seed", "1"], ["--start", "1"], []):
-        code, _, error = call("train.py", "ref.mp4", *SMALL_FILE, "--steps", "2", "--out", "set.pt", *setting)
+    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1"]
+    settings = [*changes, "--cache 0 --steps 3", "--steps 3", ""]
+    for setting in settings:
+        args = ("--steps", "2", "--cache", "2", "--out", "set.pt", *setting.split())
+        code, _, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
         assert code == 0, error
         tokens.add(motion.load(work / "set.pt").tokens.sum().item())
-    assert len(tokens) == 6
+    assert len(tokens) == len(settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_modes_learn_the_same(work, call, mode):
+    tokens = []
+    for setting in (["--memory", mode], []):
+        args = ("--steps", "2", "--cache", "1", "--out", "set.pt", *setting)
+        code, _, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
+        assert code == 0, error
+        tokens.append(motion.load(work / "set.pt").tokens)
+    assert torch.allclose(*tokens, atol=1e-4)
 
 
 def test_every_setting_of_sampling_reaches_the_video(work, call):
     contents = set()
     settings = ["--guidance 1 1", "--motion-bucket 0", "--noise-aug 1", "--steps 2", "--dtype bfloat16", "--seed 1", ""]
     for setting in settings:
-        code, _, error = call(
-            "sample.py", "--emb", "m.pt", "img.png", "--out", "set.mp4", *SMALL_FILE, *setting.split()
-        )
+        args = ("--emb", "m.pt", "img.png", "--out", "set.mp4", *SMALL_FILE, *setting.split())
+        code, _, error = call("sample.py", *args)
         assert code == 0, error
         contents.add((work / "set.mp4").read_bytes())
     assert len(contents) == len(settings)
+    assert call("sample.py", "img.png", "--out", "set.mp4", *SMALL_FILE)[0] == 0
+    assert (work / "set.mp4").read_bytes() not in contents  # the embedding matters
     args = ("--out", "set.mp4", *SMALL_FILE, "--fps", "12", "--size", "64x128")
     assert call("sample.py", "--emb", "m.pt", "img.png", *args)[0] == 0
     assert properties(work / "set.mp4") == ("h264", "yuv420p", 4, 64, 128, 12)
+
+
+def test_the_defaults_of_sampling(work, call, monkeypatch):
+    """The paper's settings; size and micro-conditioning are the embedding's."""
+    seen = {}
+    sampled = SVD.sample
+
+    def spy(svd, cond, n, num_steps, guidance):
+        seen.update(cond=cond, num_steps=num_steps, guidance=tuple(guidance))
+        return sampled(svd, cond, n, num_steps, guidance)
+
+    monkeypatch.setattr(SVD, "sample", spy)
+    learned = motion.load(work / "m.pt")
+    learned.size, learned.micro = (64, 64), replace(learned.micro, fps_id=11, motion_bucket_id=30)
+    motion.save(learned, work / "own.pt")
+    assert call("sample.py", "--emb", "own.pt", "img.png", "--out", "own.mp4", *SMALL_FILE)[0] == 0
+    assert seen["num_steps"] == SMALL.num_steps and seen["guidance"] == (1, 3)
+    assert seen["cond"].micro.tolist() == [[11, 30, pytest.approx(0.02)]] and seen["cond"].concat.std() > 0
+    assert torch.equal(seen["cond"].spatial, learned.sets[0]) and torch.equal(seen["cond"].temporal, learned.sets[1])
+    assert properties(work / "own.mp4")[2:] == (4, 64, 64, 12)
+    assert call("sample.py", "--emb", "own.pt", "--unconditional", "--out", "own.mp4", *SMALL_FILE)[0] == 0
+    assert seen["guidance"] == (1, 10) and (seen["cond"].concat == 0).all()
+    assert torch.equal(seen["cond"].spatial, learned.sets[0])
+    assert MODELS["svd"].num_steps == 25 and MODELS["svd-xt"].num_steps == 30
 
 
 def test_many_images_into_a_folder_without_an_embedding(work, call):
@@ -149,12 +218,18 @@ TRAIN = [
     (["ref.mp4", *SMALL_FILE, "--start", "1.9"], "but only 1 are there"),
     (["ref.mp4", *SMALL_FILE, "--frames", "21"], "but only 20 are there"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
-    (["ref.mp4", "--model", "nothing"], "neither a model (svd, svd-xt) nor a file or folder"),
+    (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt, a .safetensors file"),
     (["ref.mp4", "--model", "svd"], "accept the licence on https://huggingface.co/stabilityai/"),
     (["ref.mp4", *SMALL_FILE, "--size", "100x64"], "width and height must be multiples of 64"),
     (["ref.mp4", "--size", "big"], "argument --size: invalid"),
-    (["ref.mp4", "--out", "no/m.pt"], "no/m.pt: no is no folder that can be written to"),
-    (["ref.mp4", "--tokens", "0"], "argument --tokens: 0 is not in 1.."),
+    (["ref.mp4", "--out", "no/m.pt"], "no/m.pt: cannot be written (No such file or directory)"),
+    (["ref.mp4", "--out", "img.png/m.pt"], "img.png/m.pt: cannot be written (Not a directory)"),
+    (["ref.mp4", "--out", "x" * 300], "cannot be written (the name is too long)"),
+    (["ref.mp4", "--out", "ref.mp4"], "ref.mp4: is an input; name another file"),
+    (["ref.mp4", *SMALL_FILE, "--out", "small.safetensors"], "small.safetensors: is an input"),
+    (["ref.mp4", "--p-mean", "nan"], "argument --p-mean: nan is not in -10..10"),
+    (["ref.mp4", "--device", "meta"], "--device meta: not available here"),
+    (["ref.mp4", "--tokens", "0"], "argument --tokens: 0 is not in 1..1000"),
     (["ref.mp4", "--device", "cuda:99"], "--device cuda:99: not available here"),
     (["ref.mp4", "--device", "toaster"], "--device toaster: not available here"),
     ([], "the following arguments are required: VIDEO"),
@@ -165,12 +240,19 @@ SAMPLE = [
     (["--emb", "m.pt"], "name an IMAGE to move"),
     (["--unconditional"], "name an IMAGE to move"),
     (["--emb", "img.png", "img.png"], "img.png: not a motion-text embedding written by train.py"),
+    (["--emb", "code.pt", "img.png"], "code.pt: not a motion-text embedding"),
+    (["--emb", "odd.pt", "img.png"], "an embedding of odd shape"),
+    (["--emb", "", "img.png"], "is a folder, not a file"),
+    (["--emb", "m.pt", "deep.png"], "deep.png: is an image of mode I"),
     (["--emb", "m.pt", "img.png", "--model", "other.safetensors"], "the embedding is for model 'small'"),
     (["--emb", "m.pt", "img.png"], "m.pt: made with a model called 'small'; pass its file or folder as --model"),
     (["--emb", "m.pt", "img.png", "copy/img.png", *SMALL_FILE], "2 images of the same name would all become img_m.mp4"),
     (["--emb", "m.pt", "img.png", "second.png", "--out", "x.mp4", *SMALL_FILE], "one file cannot hold 2 videos"),
-    (["img.png", "--out", "ref.txt", *SMALL_FILE], "ref.txt: is a file; name a folder"),
+    (["img.png", "--out", "ref.txt", *SMALL_FILE], "ref.txt: name a folder, or a file that ends in .mp4"),
+    (["img.png", "--out", "new.gif", *SMALL_FILE], "name a folder, or a file that ends in .mp4"),
+    (["img.png", "--out", "img.png", *SMALL_FILE], "name a folder, or a file that ends in .mp4"),
     (["img.png", "--guidance", "1"], "argument --guidance: expected 2 arguments"),
+    (["img.png", "--guidance", "nan", "1"], "argument --guidance: nan is not in"),
 ]
 
 
@@ -186,6 +268,11 @@ def oddities(work):
     for copy in (work / "copy" / "img.png", work / "second.png"):
         Image.open(work / "img.png").save(copy)
     (work / "ref.txt").touch()
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(work / "deep.png")
+    learned = motion.load(work / "m.pt")
+    learned.tokens = torch.full((1, 2, 48), torch.nan)
+    motion.save(learned, work / "odd.pt")
+    (work / "code.pt").write_bytes(pickle.dumps(print))
 
 
 @pytest.mark.parametrize(
@@ -205,15 +292,18 @@ def test_bad_input_is_one_line_of_the_process_too(work):
     assert done.stderr == "sample.py: error: img.png: not a motion-text embedding written by train.py\n"
 
 
-def test_interrupted_training_keeps_its_steps(work):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_keeps_its_steps(work, number):
     """Ctrl-C after some steps: the embedding is there and says how many."""
-    args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", "--model", "small.safetensors", "--out", "cut.pt"]
-    process = subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    seen = b""
-    while b"2/1000" not in seen:
-        seen += process.stderr.read1()
-    process.send_signal(2)
-    out, error = process.communicate(timeout=60)
+    args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", *SMALL_FILE, "--out", "cut.pt", "--cache", "2"]
+    # A test run in the background of a script has SIGINT ignored, and hands that down.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed) as process:
+        seen = b""
+        while b"2/1000" not in seen:
+            seen += process.stderr.read1()
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.endswith(b"train.py: error: interrupted\n")
     learned = motion.load(work / "cut.pt")
     assert 2 <= learned.steps < 1000 and f"after {learned.steps} steps" in out.decode()
