@@ -144,22 +144,21 @@ SHAPES = tuple(BODIES)
 
 @cache
 def table(shape: str) -> np.ndarray:
-    """Distances [GRID, GRID, 2] (rows v, columns u, from -REACH to REACH) to hull and details, in body lengths.
+    """Distances [2, GRID * GRID] (rows v, columns u, from -REACH to REACH) to body and details, in body lengths.
 
-    The hull's distance is that of everything opaque, details included.
+    The body is everything opaque, details included.
     """
     v, u = np.meshgrid(*[np.linspace(-REACH, REACH, GRID)] * 2, indexing="ij")
     hull, details = BODIES[shape]
-    return np.stack([np.minimum(hull(u, v), details(u, v)), details(u, v)], axis=-1).astype(np.float32)
+    return np.stack([np.minimum(hull(u, v), details(u, v)), details(u, v)]).reshape(2, -1).astype(np.float32)
 
 
 def distances(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distances [..., 2] to the opaque body and to its details at u, v [...] (|u|, |v| <= REACH), in body lengths."""
-    cells = table(shape).reshape(-1, 2)
-    step = 2 * REACH / (GRID - 1)
-    column, row = (u + REACH) / step, (v + REACH) / step
-    i, j = np.clip(row.astype(np.intp), 0, GRID - 2), np.clip(column.astype(np.intp), 0, GRID - 2)
-    down, right, corner = (row - i)[..., None], (column - j)[..., None], i * GRID + j
-    above = cells[corner] * (1 - right) + cells[corner + 1] * right
-    below = cells[corner + GRID] * (1 - right) + cells[corner + GRID + 1] * right
-    return above * (1 - down) + below * down
+    """Distances [2, N] to the opaque body and to its details at u, v [N] (|u|, |v| <= REACH), in body lengths."""
+    cells = table(shape)
+    column, row = ((w + REACH) * ((GRID - 1) / (2 * REACH)) for w in (u, v))
+    i, j = (np.clip(w.astype(np.int32), 0, GRID - 2) for w in (row, column))
+    down, right, corner = row - i, column - j, i * GRID + j
+    a, b, c, d = (cells.take(corner + step, axis=1) for step in (0, 1, GRID, GRID + 1))
+    above, below = a + right * (b - a), c + right * (d - c)
+    return above + down * (below - above)

@@ -165,6 +165,7 @@ def random_program(rng: np.random.Generator, num_slots: int = 7, words: tuple[st
     return tuple(program)
 
 
+@lru_cache(maxsize=256)
 def rates(program: Program, num_frames: int) -> np.ndarray:
     """[F - 1, 6]: the columns of RATES from each frame to the next, eased from word to word and within SCALES."""
     slot = np.arange(num_frames - 1) * len(program) // (num_frames - 1)
@@ -178,6 +179,7 @@ def rates(program: Program, num_frames: int) -> np.ndarray:
         if allowed != wanted:
             step[[2, 5]] *= allowed / wanted
         log_scale += allowed
+    steps.setflags(write=False)  # shared by all who ask
     return steps
 
 
@@ -273,18 +275,18 @@ def background_view(background: Background, size: tuple[int, int], pan: np.ndarr
 def paint(canvas: np.ndarray, sprite: Sprite, path: Trajectory) -> None:
     """Paint a sprite, anti-aliased, on canvas float [F, 3, H, W] in [0,1] at the places of the path, in place."""
     height, width = canvas.shape[2:]
-    dx = np.arange(width) + 0.5 - path.x[:, None]
-    dy = np.arange(height) + 0.5 - path.y[:, None]
-    near = (dy**2)[:, :, None] + (dx**2)[:, None, :] < ((REACH * path.length) ** 2)[:, None, None]
-    frame, i, j = np.nonzero(near)
-    dx, dy = (path.facing * dx)[frame, j], dy[frame, i]
-    cos, sin = np.cos(path.angle)[frame], np.sin(path.angle)[frame]
-    length = path.length[frame]
+    dx = (path.facing * (np.arange(width) + 0.5 - path.x[:, None])).astype(np.float32)
+    dy = (np.arange(height) + 0.5 - path.y[:, None]).astype(np.float32)
+    reach = ((REACH * path.length) ** 2).astype(np.float32)
+    frame, i, j = np.nonzero((dy**2)[:, :, None] + (dx**2)[:, None, :] < reach[:, None, None])
+    dx, dy = dx[frame, j], dy[frame, i]
+    length, cos, sin = (w.astype(np.float32)[frame] for w in (path.length, np.cos(path.angle), np.sin(path.angle)))
     # The nose points along facing * (cos, -sin), the back along (-facing * sin, -cos).
     distance = distances(sprite.shape, (cos * dx - sin * dy) / length, -(sin * dx + cos * dy) / length)
-    body, details = np.clip(0.5 - distance * length[:, None], 0, 1).T[:, :, None]
-    colour = (1 - details) * np.array(sprite.colour) + details * np.array(sprite.detail)
-    canvas[frame, :, i, j] += body * (colour - canvas[frame, :, i, j])
+    body, details = np.clip(np.float32(0.5) - distance * length, 0, 1)
+    for channel, colour, detail in zip(canvas.transpose(1, 0, 2, 3), sprite.colour, sprite.detail):
+        below = channel[frame, i, j]
+        channel[frame, i, j] = below + body * (colour + details * (detail - colour) - below)
 
 
 def to_bytes(clip: np.ndarray) -> np.ndarray:

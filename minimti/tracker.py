@@ -1,0 +1,173 @@
+"""What moved in a clip of the world, by drawing it: the tracker looks for the poses that make the scene look like it.
+
+The colours, the shapes and the background are known, the motion is not: a clip may come from a model that was asked
+for something else than the scene's own program.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from minimti.world import CAMERA_WORDS, Scene, Trajectory, background_view, paint, semantic
+
+STEP = 0.3  # pixels: the difference quotients of the search
+LEAP = 3.0  # pixels: one step of the search is not longer
+ROUNDS = 6
+SETTLED = 0.03  # pixels: a shorter step ends the search
+VANISHED = 0.8  # a sprite is there if drawing it leaves less than this share of the squared error without it
+STILL = 1.0  # pixels: the least by which a motion error is divided
+
+Residuals = Callable[[np.ndarray], np.ndarray]
+
+
+def gauss_newton(residuals: Residuals, start: np.ndarray) -> tuple[np.ndarray, float]:
+    """Minimise the sum of squares from start [P]; returns where and how much.
+
+    residuals takes points [K, P], scaled so that STEP suits every parameter, and returns [K, M].
+    """
+    best, least = start, np.inf
+    point = start
+    for _ in range(ROUNDS):
+        values = residuals(np.concatenate([point[None], point + STEP * np.eye(len(point))]))
+        error = float((values[0] ** 2).sum())
+        if error >= least:
+            point = (point + best) / 2  # too far
+            if np.linalg.norm(point - best) < SETTLED:
+                break
+            continue
+        best, least = point, error
+        slopes = (values[1:] - values[0]) / STEP
+        normal = slopes @ slopes.T
+        normal += 0.02 * np.trace(normal) / len(normal) * np.eye(len(normal)) + 1e-9 * np.eye(len(normal))
+        move = -np.linalg.solve(normal, slopes @ values[0])
+        length = float(np.linalg.norm(move))
+        if length < SETTLED:
+            break
+        point = point + move * min(1, LEAP / length)
+    return best, least
+
+
+def placed(points: np.ndarray, length: float, facing: int, left: int = 0, top: int = 0) -> Trajectory:
+    """Poses [K, 4] as the search sees them, all in pixels: place, and half a body of growth (log) and of turn."""
+    return Trajectory(
+        x=points[:, 0] - left,
+        y=points[:, 1] - top,
+        length=length * np.exp(points[:, 2] / (length / 2)),
+        angle=points[:, 3] / (length / 2),
+        facing=facing,
+    )
+
+
+def soft_mask(clip: np.ndarray, background: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
+    """[F, 3, H, W] twice -> [F, H, W] in [0,1]: how far each pixel is on the way from background to sprite."""
+    way = np.array(colour, np.float32)[:, None, None] - background
+    return np.clip(((clip - background) * way).sum(1) / np.maximum((way**2).sum(1), 1e-3), 0, 1)
+
+
+def centroid(mask: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
+    """The middle (x, y) of a mask [H, W] near a place; the place itself where the mask is empty."""
+    columns, rows = np.arange(mask.shape[1]) + 0.5, np.arange(mask.shape[0]) + 0.5
+    weight = mask * np.exp(-((rows - y) ** 2)[:, None] / (2 * radius**2) - (columns - x) ** 2 / (2 * radius**2))
+    total = weight.sum()
+    if total < 1:
+        return np.array([x, y])
+    return np.array([(weight.sum(0) * columns).sum(), (weight.sum(1) * rows).sum()]) / total
+
+
+def find_background(clip: np.ndarray, scene: Scene) -> np.ndarray:
+    """The background of each frame, [F, 3, H, W] in [0,1].
+
+    Without camera words it is that of frame 0. With them, the camera's pan and zoom are searched from frame to frame,
+    by least squares over the pixels that no sprite's colour explains.
+    """
+    here = background_view(scene.background, scene.size, np.zeros(1), np.ones(1))
+    if not set(scene.program) & set(CAMERA_WORDS):
+        return np.repeat(here, len(clip), axis=0)
+    lever = scene.size[0] / 4  # pixels that a zoom moves a typical point by, over its logarithm
+    views, point, velocity = [], np.zeros(2), np.zeros(2)
+
+    def view(points: np.ndarray) -> np.ndarray:
+        return background_view(scene.background, scene.size, points[:, 0], np.exp(points[:, 1] / lever))
+
+    for frame in clip:
+
+        def residuals(points: np.ndarray) -> np.ndarray:
+            error = view(points) - frame  # noqa: B023
+            return (error / (1 + (error / 0.1) ** 2) ** 0.5).reshape(len(points), -1)  # a sprite counts little
+
+        best = gauss_newton(residuals, point + velocity)[0]
+        point, velocity = best, best - point
+        views.append(view(point[None])[0])
+    return np.stack(views)
+
+
+def search(clip: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Poses [S, F, 4] (see `placed`) of all sprites, and [S, F] the squared error around each, per pixel of its body.
+
+    clip [F, 3, H, W] in [0,1]. In each frame every sprite is searched from where it was and where it was heading, the
+    others drawn where they were last seen. A sprite that explains nothing has vanished and keeps its last pose.
+    """
+    height, width = scene.size
+    background = find_background(clip, scene)
+    masks = [soft_mask(clip, background, sprite.colour) for sprite in scene.sprites]
+    now = np.array([[s.x, s.y, 0, s.tilt * s.length / 2] for s in scene.sprites])
+    velocity = np.zeros_like(now)
+    poses, errors = np.empty((len(now), len(clip), 4)), np.empty((len(now), len(clip)))
+    for t in range(len(clip)):
+        for i, sprite in enumerate(scene.sprites):
+            length = float(placed(now[i : i + 1], sprite.length, 1).length[0])
+            reach = 0.7 * length + 0.1 * height
+            left, top = (int(np.clip(now[i, k] - reach, 0, (width, height)[k] - 8)) for k in (0, 1))
+            box = np.s_[:, top : max(int(now[i, 1] + reach), top + 8), left : max(int(now[i, 0] + reach), left + 8)]
+            behind, seen = background[t][box], clip[t][box]
+
+            def residuals(points: np.ndarray) -> np.ndarray:
+                canvas = np.repeat(behind[None], len(points), axis=0)  # noqa: B023
+                for k, other in enumerate(scene.sprites):
+                    where = points if k == i else np.repeat(now[k : k + 1], len(points), axis=0)  # noqa: B023
+                    paint(canvas, other, placed(where, other.length, other.facing, left, top))  # noqa: B023
+                return (canvas - seen).reshape(len(points), -1)  # noqa: B023
+
+            starts = [now[i], now[i] + velocity[i]]
+            if t:
+                x, y = now[i, :2]
+                shift = centroid(masks[i][t], x, y, length / 2) - centroid(masks[i][t - 1], x, y, length / 2)
+                starts.append(now[i] + np.append(shift, [0, 0]))
+            turns = np.array([0.25, 0, -0.25])[:, None] * [0, 0, 0, sprite.length / 2]
+            starts = (np.stack(starts)[:, None] + turns).reshape(-1, 4)
+            first = (residuals(starts) ** 2).sum(1).argmin()
+            best, error = gauss_newton(residuals, starts[first])
+            nothing = float((residuals(now[i : i + 1] + [1e6, 0, 0, 0]) ** 2).sum())
+            if error > VANISHED * nothing:
+                best = now[i]
+            velocity[i] = best - now[i] if t else 0
+            now[i], poses[i, t], errors[i, t] = best, best, error / length**2
+    return poses, errors
+
+
+def track(clip: np.ndarray, scene: Scene, which: int = 0) -> Trajectory:
+    """Where the scene's sprite `which` is in a clip uint8 [F, 3, H, W] that starts as the scene does."""
+    poses, _ = search(clip.astype(np.float32) / 255, scene)
+    return placed(poses[which], scene.sprites[which].length, scene.sprites[which].facing)
+
+
+def facing(clip: np.ndarray, scene: Scene, which: int = 0) -> float:
+    """From 1 (in every frame the sprite faces as the scene says) to -1 (in every frame it is mirrored)."""
+    clip = clip.astype(np.float32) / 255
+    sprite = scene.sprites[which]
+    turned = replace(sprite, facing=-sprite.facing, tilt=-sprite.tilt)
+    mirrored = replace(scene, sprites=(*scene.sprites[:which], turned, *scene.sprites[which + 1 :]))
+    as_said, against = (search(clip, s)[1][which] for s in (scene, mirrored))
+    return float(np.sign(against - as_said).mean())
+
+
+def motion_error(tracked: Trajectory, truth: Trajectory) -> float:
+    """How wrong a motion is: 0 where it is the truth's, 1 where it is no better than not moving.
+
+    The mean over frames 1 .. F-1 of the euclidean distance between the two rows of `semantic`, over the same for a
+    sprite that stands still (at least STILL).
+    """
+    wanted = semantic(truth)[1:]
+    missed = np.linalg.norm(semantic(tracked)[1:] - wanted, axis=1).mean()
+    return float(missed / max(np.linalg.norm(wanted, axis=1).mean(), STILL))
