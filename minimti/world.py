@@ -273,7 +273,7 @@ def background_view(background: Background, size: tuple[int, int], pan: np.ndarr
 
 
 def paint(canvas: np.ndarray, sprite: Sprite, path: Trajectory) -> None:
-    """Paint a sprite, anti-aliased, on canvas float [F, 3, H, W] in [0,1] at the places of the path, in place."""
+    """Paint a sprite, anti-aliased, at the places of the path on canvas: contiguous float32 [F, 3, H, W] in [0,1], changed."""
     height, width = canvas.shape[2:]
     dx = (path.facing * (np.arange(width) + 0.5 - path.x[:, None])).astype(np.float32)
     dy = (np.arange(height) + 0.5 - path.y[:, None]).astype(np.float32)
@@ -283,10 +283,14 @@ def paint(canvas: np.ndarray, sprite: Sprite, path: Trajectory) -> None:
     length, cos, sin = (w.astype(np.float32)[frame] for w in (path.length, np.cos(path.angle), np.sin(path.angle)))
     # The nose points along facing * (cos, -sin), the back along (-facing * sin, -cos).
     distance = distances(sprite.shape, (cos * dx - sin * dy) / length, -(sin * dx + cos * dy) / length)
-    body, details = np.clip(np.float32(0.5) - distance * length, 0, 1)
-    for channel, colour, detail in zip(canvas.transpose(1, 0, 2, 3), sprite.colour, sprite.detail):
-        below = channel[frame, i, j]
-        channel[frame, i, j] = below + body * (colour + details * (detail - colour) - below)
+    body, details = np.float32(0.5) - distance * length
+    (hit,) = np.nonzero(body > 0)
+    body, details = np.minimum(body[hit], 1), np.clip(details[hit], 0, 1)
+    values, first = canvas.reshape(-1), (3 * height * frame[hit] + i[hit]) * width + j[hit]
+    for channel, (colour, detail) in enumerate(zip(sprite.colour, sprite.detail)):
+        at = first + channel * height * width
+        below = values[at]
+        values[at] = below + body * (colour + details * (detail - colour) - below)
 
 
 def to_bytes(clip: np.ndarray) -> np.ndarray:
