@@ -92,7 +92,7 @@ def find_background(clip: np.ndarray, scene: Scene) -> np.ndarray:
     """The background of each frame, [F, 3, H, W] in [0,1].
 
     Without camera words it is that of frame 0. With them, the camera's pan and zoom are searched from frame to frame,
-    by least squares over the pixels that no sprite's colour explains.
+    by least squares that let large errors, the sprites, count little.
     """
     here = background_view(scene.background, scene.size, np.zeros(1), np.ones(1))
     if not set(scene.program) & set(CAMERA_WORDS):
@@ -103,16 +103,37 @@ def find_background(clip: np.ndarray, scene: Scene) -> np.ndarray:
     def view(points: np.ndarray) -> np.ndarray:
         return background_view(scene.background, scene.size, points[:, 0], np.exp(points[:, 1] / lever))
 
-    for frame in clip:
-
+    def against(frame: np.ndarray) -> Residuals:
         def residuals(points: np.ndarray) -> np.ndarray:
-            error = view(points) - frame  # noqa: B023
-            return (error / (1 + (error / 0.1) ** 2) ** 0.5).reshape(len(points), -1)  # a sprite counts little
+            error = view(points) - frame
+            return (error / np.sqrt(1 + (error / 0.1) ** 2)).reshape(len(points), -1)  # a sprite counts little
 
-        best = gauss_newton(residuals, point + velocity)[0]
+        return residuals
+
+    for frame in clip:
+        best = gauss_newton(against(frame), point + velocity)[0]
         point, velocity = best, best - point
         views.append(view(point[None])[0])
     return np.stack(views)
+
+
+def drawn(
+    scene: Scene, poses: np.ndarray, which: int, behind: np.ndarray, seen: np.ndarray, left: int, top: int
+) -> Residuals:
+    """What a frame's cut-out seen [3, h, w] at left, top lacks when the sprite `which` is drawn over what is behind.
+
+    The others are drawn at their poses [S, 4].
+    """
+    rows, columns = blur(seen.shape[1]), blur(seen.shape[2])
+
+    def residuals(points: np.ndarray) -> np.ndarray:
+        canvas = np.repeat(behind[None], len(points), axis=0)
+        for i, sprite in enumerate(scene.sprites):
+            where = points if i == which else np.repeat(poses[i : i + 1], len(points), axis=0)
+            paint(canvas, sprite, placed(where, sprite.length, sprite.facing, left, top))
+        return (rows @ (canvas - seen) @ columns.T).reshape(len(points), -1)
+
+    return residuals
 
 
 def search(clip: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -130,19 +151,10 @@ def search(clip: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     for t in range(len(clip)):
         for i, sprite in enumerate(scene.sprites):
             length = float(placed(now[i : i + 1], sprite.length, 1).length[0])
-            reach = 0.7 * length + 0.1 * height
+            reach = 0.65 * length + 0.08 * height
             left, top = (int(np.clip(now[i, k] - reach, 0, (width, height)[k] - 8)) for k in (0, 1))
             box = np.s_[:, top : max(int(now[i, 1] + reach), top + 8), left : max(int(now[i, 0] + reach), left + 8)]
-            behind, seen = background[t][box], clip[t][box]
-
-            def residuals(points: np.ndarray) -> np.ndarray:
-                canvas = np.repeat(behind[None], len(points), axis=0)  # noqa: B023
-                for k, other in enumerate(scene.sprites):
-                    where = points if k == i else np.repeat(now[k : k + 1], len(points), axis=0)  # noqa: B023
-                    paint(canvas, other, placed(where, other.length, other.facing, left, top))  # noqa: B023
-                error = blur(seen.shape[1]) @ (canvas - seen) @ blur(seen.shape[2]).T  # noqa: B023
-                return error.reshape(len(points), -1)
-
+            residuals = drawn(scene, now, i, background[t][box], clip[t][box], left, top)
             starts = [now[i], now[i] + velocity[i]]
             if t:
                 x, y = now[i, :2]

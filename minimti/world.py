@@ -273,22 +273,22 @@ def background_view(background: Background, size: tuple[int, int], pan: np.ndarr
 
 
 def paint(canvas: np.ndarray, sprite: Sprite, path: Trajectory) -> None:
-    """Paint a sprite, anti-aliased, at the places of the path on canvas: contiguous float32 [F, 3, H, W] in [0,1], changed."""
+    """Paint a sprite, anti-aliased, at the places of the path on canvas, contiguous float32 [F, 3, H, W] in [0,1]."""
     height, width = canvas.shape[2:]
-    dx = (path.facing * (np.arange(width) + 0.5 - path.x[:, None])).astype(np.float32)
-    dy = (np.arange(height) + 0.5 - path.y[:, None]).astype(np.float32)
-    reach = ((REACH * path.length) ** 2).astype(np.float32)
-    frame, i, j = np.nonzero((dy**2)[:, :, None] + (dx**2)[:, None, :] < reach[:, None, None])
-    dx, dy = dx[frame, j], dy[frame, i]
-    length, cos, sin = (w.astype(np.float32)[frame] for w in (path.length, np.cos(path.angle), np.sin(path.angle)))
+    cos, sin, length = (w.astype(np.float32)[:, None] for w in (np.cos(path.angle), np.sin(path.angle), path.length))
+    dx = (path.facing * (np.arange(width) + 0.5 - path.x[:, None])).astype(np.float32) / length
+    dy = (np.arange(height) + 0.5 - path.y[:, None]).astype(np.float32) / length
     # The nose points along facing * (cos, -sin), the back along (-facing * sin, -cos).
-    distance = distances(sprite.shape, (cos * dx - sin * dy) / length, -(sin * dx + cos * dy) / length)
-    body, details = np.float32(0.5) - distance * length
-    (hit,) = np.nonzero(body > 0)
+    u = ((cos * dx)[:, None, :] - (sin * dy)[:, :, None]).ravel()
+    v = -((sin * dx)[:, None, :] + (cos * dy)[:, :, None]).ravel()
+    near = np.flatnonzero(u * u + v * v < REACH * REACH)
+    frame = near // (height * width)
+    body, details = np.float32(0.5) - distances(sprite.shape, u[near], v[near]) * length[frame, 0]
+    hit = np.flatnonzero(body > 0)
     body, details = np.minimum(body[hit], 1), np.clip(details[hit], 0, 1)
-    values, first = canvas.reshape(-1), (3 * height * frame[hit] + i[hit]) * width + j[hit]
+    values, red = canvas.reshape(-1), (near + 2 * height * width * frame)[hit]
     for channel, (colour, detail) in enumerate(zip(sprite.colour, sprite.detail)):
-        at = first + channel * height * width
+        at = red + channel * height * width
         below = values[at]
         values[at] = below + body * (colour + details * (detail - colour) - below)
 
@@ -297,7 +297,8 @@ def to_bytes(clip: np.ndarray) -> np.ndarray:
     return np.rint(clip * 255).astype(np.uint8)
 
 
-def static_or_moving_background(scene: Scene) -> np.ndarray:
+def backdrop(scene: Scene) -> np.ndarray:
+    """float32 [F, 3, H, W] in [0,1]; drawn once where the camera stands still."""
     pan, zoom = camera(scene)
     if not set(scene.program) & set(CAMERA_WORDS):
         still = background_view(scene.background, scene.size, pan[:1], zoom[:1])
@@ -307,12 +308,12 @@ def static_or_moving_background(scene: Scene) -> np.ndarray:
 
 def render_background(scene: Scene) -> np.ndarray:
     """The clip without its sprites: uint8 [F, 3, H, W]."""
-    return to_bytes(static_or_moving_background(scene))
+    return to_bytes(backdrop(scene))
 
 
 def render(scene: Scene) -> np.ndarray:
     """uint8 [F, 3, H, W]. Later sprites cover earlier ones."""
-    canvas = static_or_moving_background(scene)
+    canvas = backdrop(scene)
     for sprite, path in zip(scene.sprites, trajectory(scene)):
         paint(canvas, sprite, path)
     return to_bytes(canvas)
