@@ -1,5 +1,7 @@
 """Every attention of the UNet, and the spatiotemporal transformer made of it."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,8 +10,46 @@ from minimti.layers import NORM_GROUPS, Blend, TimestepEmbedding, sinusoid
 from minimti.memory import SLICE, Frugal
 
 
-class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d_a)) V, paper equation 4. Self-attention where no context is given."""
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d_a)) V (paper equation 4) among the positions of each frame."""
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """[(B F), L, dim] -> the same shape."""
+        projected = (self.to_q(x), self.to_k(x), self.to_v(x))
+        heads = [p.unflatten(-1, (-1, self.head_dim)) for p in projected]  # [(B F), L, heads, head_dim]
+        return self.to_out(self.attend(*heads, num_frames).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class SelfAttentionOverTime(SelfAttention):
+    """The same among the frames of each position. Q, K and V stay where they are: only their strides change."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tensor:
+        clips = zip(*(t.unflatten(0, (-1, num_frames)).permute(0, 2, 3, 1, 4) for t in (q, k, v)))
+        out = [F.scaled_dot_product_attention(*clip) for clip in clips]  # B times [L, heads, F, head_dim]
+        return torch.stack(out).permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+class CrossAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d_a)) V (paper equation 4) from many positions x to few tokens c.
+
+    With so few tokens the projections of the positions are cheaper applied to the tokens:
+
+        (x W_q) (c W_k)^T = x (c W_k W_q^T)^T  and  softmax(...) (c W_v) W_out = softmax(...) (c W_v W_out)
+
+    The two brackets, here `keys` and `values`, know nothing of x: `absorb` makes them once for constant tokens.
+    """
 
     def __init__(self, dim: int, context_dim: int, head_dim: int):
         super().__init__()
@@ -19,15 +59,28 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x [batch, L, dim], context [batch, N, context_dim] -> [batch, L, dim]."""
-        context = x if context is None else context
-        q, k, v = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, L or N, head_dim]
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+    def absorb(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [sets, N, context_dim] -> keys [sets, dim, heads N], values [sets, heads N, dim].
+
+        A single token gets all the attention whatever the question: then the keys are empty and the values, summed
+        over the heads, are the answer [sets, 1, dim].
+        """
+        v = self.to_v(tokens)
+        if tokens.shape[1] == 1:
+            return v.new_empty(len(v), v.shape[-1], 0), F.linear(v, self.to_out[0].weight)
+        k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.to_k(tokens), v))
+        w_q = self.to_q.weight.unflatten(0, (-1, self.head_dim))  # [heads, head_dim, dim]
+        w_out = self.to_out[0].weight.T.unflatten(0, (-1, self.head_dim))  # [heads, head_dim, dim]
+        keys = (k * self.head_dim**-0.5) @ w_q  # [sets, heads, N, dim]
+        return keys.flatten(1, 2).transpose(1, 2), (v @ w_out).flatten(1, 2)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """x [sets, L, dim] -> [sets, L, dim], or [sets, 1, dim] where it is the same for all."""
+        if keys.shape[-1] > 0:
+            num_tokens = keys.shape[-1] * self.head_dim // keys.shape[-2]
+            weights = (x @ keys).unflatten(-1, (-1, num_tokens)).softmax(dim=-1)
+            values = weights.flatten(-2) @ values
+        return values + self.to_out[0].bias
 
 
 class GEGLU(nn.Module):
@@ -53,43 +106,58 @@ class FeedForward(Frugal):
         return self.in_slices(self.net, rows, num_slices=-(-8 * rows.nbytes // SLICE)).view(x.shape)
 
 
+class Context(NamedTuple):
+    """What one transformer takes from the tokens: keys and values of its two cross-attentions."""
+
+    spatial_keys: Tensor  # [(T F), C, heads N]: the tokens of each frame
+    spatial_values: Tensor  # [(T F), heads N, C]
+    temporal_keys: Tensor  # [T, C, heads N]: those of the clip
+    temporal_values: Tensor  # [T, heads N, C]
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward."""
+
+    over_time = False
 
     def __init__(self, dim: int, context_dim: int, head_dim: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, head_dim)
+        self.attn1 = (SelfAttentionOverTime if self.over_time else SelfAttention)(dim, head_dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, context_dim, head_dim)
+        self.attn2 = CrossAttention(dim, context_dim, head_dim)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [batch, L, C] attends to itself along L, then to context [contexts, N, d]; returns [batch, L, C].
+    def forward(self, x: Tensor, num_frames: int, keys: Tensor, values: Tensor) -> Tensor:
+        """x [(B F), L, C] -> the same shape; keys and values are those of `attn2` for the last items of the batch.
 
-        Consecutive items of the batch share a context. Over space each frame has its own: batch = contexts = (B F).
-        Over time all positions of a clip ask the same tokens: batch = (B H W), contexts = B. A query of
-        cross-attention knows nothing of its neighbours, so they form one long sequence and no token is copied.
+        The items before them attend to no token. A query of cross-attention knows nothing of its neighbours: over
+        time, all positions of a clip ask the same tokens and form one long sequence.
         """
-        shape = x.shape
-        x = x + self.attn1(self.norm1(x))
-        x = x.reshape(context.shape[0], -1, shape[-1])  # over time [B, (H W F), C]
-        x = x + self.attn2(self.norm2(x), context)
-        x = x + self.ff(self.norm3(x))
-        return x.view(shape)
+        x = x + self.attn1(self.norm1(x), num_frames)
+        asking = x.unflatten(0, (-1, num_frames)).flatten(1, 2) if self.over_time else x
+        mute = len(asking) - len(keys)
+        silent, asking = asking.split([mute, len(keys)])
+        answered = asking + self.attn2(self.norm2(asking), keys, values)
+        if mute:  # attention to zeroed tokens is zero, and its projection the bias
+            answered = torch.cat([silent + self.attn2.to_out[0].bias, answered])
+        x = answered.view(x.shape)
+        return x + self.ff(self.norm3(x))
 
 
 class TemporalBlock(TransformerBlock):
-    """The same behind one more feed-forward."""
+    """The same over time, behind one more feed-forward."""
+
+    over_time = True
 
     def __init__(self, dim: int, context_dim: int, head_dim: int):
         super().__init__(dim, context_dim, head_dim)
         self.norm_in = nn.LayerNorm(dim)
         self.ff_in = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return super().forward(x + self.ff_in(self.norm_in(x)), context)
+    def forward(self, x: Tensor, num_frames: int, keys: Tensor, values: Tensor) -> Tensor:
+        return super().forward(x + self.ff_in(self.norm_in(x)), num_frames, keys, values)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -105,19 +173,20 @@ class SpatioTemporalTransformer(nn.Module):
         self.time_mixer = Blend(weighs_temporal=False)
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, spatial_tokens: Tensor, temporal_tokens: Tensor) -> Tensor:
-        """x [(B F), C, H, W], spatial tokens [B, F, N, d], temporal tokens [B, N, d] -> [(B F), C, H, W]."""
+    def absorb(self, spatial_tokens: Tensor, temporal_tokens: Tensor) -> Context:
+        """Spatial tokens [T, F, N, d] and temporal tokens [T, N, d] of T clips."""
+        spatial = self.transformer_blocks[0].attn2.absorb(spatial_tokens.flatten(0, 1))
+        return Context(*spatial, *self.temporal_transformer_blocks[0].attn2.absorb(temporal_tokens))
+
+    def forward(self, x: Tensor, num_frames: int, context: Context) -> Tensor:
+        """[(B F), C, H, W] -> the same shape; the context is that of the last T of B clips."""
         residual = x
-        num_frames, (height, width) = spatial_tokens.shape[1], x.shape[-2:]
         x = self.norm(x).flatten(2).transpose(1, 2)  # [(B F), (H W), C]
         x = self.proj_in(x)
         frame_index = torch.arange(num_frames, device=x.device)
         frame_embedding = self.time_pos_embed(sinusoid(frame_index, x.shape[-1]).to(x.dtype))  # [F, C]
-        for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks):
-            x = spatial(x, spatial_tokens.flatten(0, 1))
-            clip = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, (H W), F, C]
-            over_time = temporal((clip + frame_embedding).flatten(0, 1), temporal_tokens)  # [(B H W), F, C]
-            over_time = over_time.unflatten(0, (-1, height * width)).transpose(1, 2).flatten(0, 1)  # [(B F), (H W), C]
-            x = self.time_mixer(x, over_time)
-        x = self.proj_out(x)
-        return residual + x.transpose(1, 2).unflatten(2, (height, width))
+        x = self.transformer_blocks[0](x, num_frames, *context[:2])
+        clip = x.unflatten(0, (-1, num_frames)) + frame_embedding[:, None]  # [B, F, (H W), C]
+        over_time = self.temporal_transformer_blocks[0](clip.flatten(0, 1), num_frames, *context[2:])
+        x = self.proj_out(self.time_mixer(x, over_time))
+        return residual + x.transpose(1, 2).unflatten(2, residual.shape[-2:])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from minimti.layers import ResBlock, VideoResBlock, silu
+from minimti.layers import ResBlock, VideoResBlock, clips_of, frames_of, silu
 from minimti.vae import Decoder
 
 ROWS_BYTES = 2**26  # of the rows that a temporal layer takes at once
@@ -41,8 +41,8 @@ def decode(decoder: Decoder, z: Tensor) -> Tensor:
             upsample = None
         upsample = nn.Sequential(*block.upsamplers)
     each(lambda frame: decoder.conv_out(silu(decoder.conv_norm_out(frame))))
-    clip = torch.cat(frames).transpose(0, 1)[None]  # [1, 3, F, H, W]
-    return decoder.time_conv_out(clip)[0].transpose(0, 1)
+    clip = torch.cat(frames)
+    return frames_of(decoder.time_conv_out(clips_of(clip, len(clip))), clip.shape[2])
 
 
 def _blend_over_time(block: VideoResBlock, frames: list[Tensor]) -> None:
@@ -50,15 +50,15 @@ def _blend_over_time(block: VideoResBlock, frames: list[Tensor]) -> None:
     over_time = block.temporal_res_block
     first = _Statistics(over_time.norm1)
     for frame in frames:
-        first.add(frame[:, :, None])
+        first.add(frame)
     second = _Statistics(over_time.norm2)
     for _, clip in _rows(frames):
         second.add(_first_half(over_time, clip, first))
     for rows, clip in _rows(frames):
         h = _first_half(over_time, clip, first)
         mixed = block.time_mixer(clip, clip + over_time.conv2(silu(second.normalise(h))))
-        for i, frame in enumerate(frames):
-            frame[:, :, rows] = mixed[:, :, i]
+        for frame, part in zip(frames, frames_of(mixed, rows.stop - rows.start)):
+            frame[0, :, rows] = part
 
 
 def _first_half(block: ResBlock, clip: Tensor, statistics: "_Statistics") -> Tensor:
@@ -66,16 +66,16 @@ def _first_half(block: ResBlock, clip: Tensor, statistics: "_Statistics") -> Ten
 
 
 def _rows(frames: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of all frames at a time: where they are, and their copy [1, C, F, rows, W]."""
+    """Some rows of all frames at a time: where they are, and their copy [1, C, F, (rows W)]."""
     height = frames[0].shape[2]
     step = max(1, ROWS_BYTES * height // (len(frames) * frames[0].nbytes))
     for top in range(0, height, step):
-        rows = slice(top, top + step)
-        yield rows, torch.stack([frame[:, :, rows] for frame in frames], dim=2)
+        rows = slice(top, min(top + step, height))
+        yield rows, clips_of(torch.cat([frame[:, :, rows] for frame in frames]), len(frames))
 
 
 class _Statistics:
-    """A group norm whose input comes in parts [1, C, F, rows, W]."""
+    """A group norm whose input comes in parts [1, C, ..., ...]."""
 
     def __init__(self, norm: nn.GroupNorm):
         self.norm = norm
@@ -83,10 +83,10 @@ class _Statistics:
 
     def add(self, part: Tensor) -> None:
         """Merges the statistics of one more part into those so far (Chan, Golub and LeVeque 1979)."""
-        groups = part.reshape(self.norm.num_groups, -1)
+        groups = part[0].unflatten(0, (self.norm.num_groups, -1))
         groups = groups.float() if groups.dtype in (torch.bfloat16, torch.float16) else groups
-        count = groups.shape[1]
-        variance, mean = torch.var_mean(groups, dim=1, correction=0)
+        count = groups[0].numel()
+        variance, mean = torch.var_mean(groups, dim=(1, 2, 3), correction=0)
         total, delta = self.count + count, mean - self.mean
         self.squares = self.squares + variance * count + delta**2 * (self.count * count / total)
         self.mean = self.mean + delta * (count / total)
@@ -97,4 +97,4 @@ class _Statistics:
         per_channel = self.norm.num_channels // self.norm.num_groups
         scale = scale.repeat_interleave(per_channel) * self.norm.weight
         shift = self.norm.bias - self.mean.repeat_interleave(per_channel) * scale
-        return (part * scale.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)).to(part.dtype)
+        return (part * scale[:, None, None] + shift[:, None, None]).to(part.dtype)

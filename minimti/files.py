@@ -30,16 +30,16 @@ def check_writable(path: str | Path, *inputs: str | Path) -> Path:
     A file that is an input is none to write to.
     """
     path = Path(path)
+    if len(os.fsencode(path.name)) > 255:
+        raise InputError(f"{path}: cannot be written (the name is too long)")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, not a file")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no ordinary file")
     if path.exists() and any(os.path.exists(other) and path.samefile(other) for other in inputs):
         raise InputError(f"{path}: is an input; name another file for the output")
-    target, part = _whole_and_part(path)
+    _, part = _whole_and_part(path)
     try:
-        if len(os.fsencode(target.name)) > 255:
-            raise OSError(0, "the name is too long")
         part.touch()
         part.unlink()
     except OSError as error:

@@ -76,16 +76,38 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
+        """x [(B F), C, H, W] or [B, C, F, (H W)], embedding [B, embed_dim] or None -> C' channels."""
         h = self.conv1(silu(self.norm1(x)))
         if embedding is not None:
-            shift = self.time_emb_proj(F.silu(embedding))  # [batch, C]
-            h = h + shift.view(*shift.shape, *[1] * (h.ndim - 2))
+            shift = self.time_emb_proj(F.silu(embedding))  # [B, C]
+            h = h + shift.repeat_interleave(len(h) // len(shift), dim=0)[:, :, None, None]
         h = self.conv2(silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-conv3x1x1 = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+
+
+class ConvOverTime(nn.Conv3d):
+    """The official (3,1,1) convolution. With the positions in a row it is one in two dimensions, which libraries do
+    better, and without a copy where channels lie innermost."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, F, positions] -> [B, C', F, positions]."""
+        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
+
+
+def clips_of(x: Tensor, num_frames: int) -> Tensor:
+    """[(B F), C, H, W] -> [B, C, F, (H W)], as layers over time want it; a view."""
+    return x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
+
+
+def frames_of(clips: Tensor, height: int) -> Tensor:
+    """[B, C, F, (H W)] -> [(B F), C, H, W]: the way back."""
+    return clips.transpose(1, 2).flatten(0, 1).unflatten(2, (height, -1))
 
 
 class VideoResBlock(nn.Module):
@@ -102,16 +124,14 @@ class VideoResBlock(nn.Module):
     ):
         super().__init__()
         self.spatial_res_block = ResBlock(in_channels, out_channels, embed_dim, spatial_eps, conv3x3)
-        self.temporal_res_block = ResBlock(out_channels, out_channels, embed_dim, temporal_eps, conv3x1x1)
+        self.temporal_res_block = ResBlock(out_channels, out_channels, embed_dim, temporal_eps, ConvOverTime)
         self.time_mixer = Blend(weighs_temporal)
 
     def forward(self, x: Tensor, embedding: Tensor | None, num_frames: int) -> Tensor:
-        """x [(B F), C, H, W], embedding [B, E] or None -> [(B F), C', H, W]."""
-        per_frame = None if embedding is None else embedding.repeat_interleave(num_frames, dim=0)
-        x = self.spatial_res_block(x, per_frame)
-        clip = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
-        mixed = self.time_mixer(clip, self.temporal_res_block(clip, embedding))
-        return mixed.transpose(1, 2).flatten(0, 1)  # [(B F), C, H, W]
+        """x [(B F), C, H, W], embedding [B, embed_dim] or None -> [(B F), C', H, W]."""
+        x = self.spatial_res_block(x, embedding)
+        clips = clips_of(x, num_frames)
+        return frames_of(self.time_mixer(clips, self.temporal_res_block(clips, embedding)), x.shape[2])
 
 
 class Upsample(nn.Module):

@@ -19,18 +19,19 @@ class Conditioning:
 
     concat: Tensor  # [B, F, z, h, w], raw latent of the conditioning image, the same for every frame
     micro: Tensor  # [B, 3]: fps id, motion bucket id, noise augmentation
-    spatial: Tensor  # [B, F, N, d]
-    temporal: Tensor  # [B, N, d]
+    spatial: Tensor  # [T, F, N, d], of the last T <= B clips
+    temporal: Tensor  # [T, N, d]
 
     def without_image(self) -> "Conditioning":
         """The motion alone: the paper's visualisation of an embedding (4.2)."""
         return replace(self, concat=torch.zeros_like(self.concat))
 
     def negative(self) -> "Conditioning":
-        """The other branch of guidance: neither image nor tokens, the same micro-conditioning."""
-        return replace(
-            self.without_image(), spatial=torch.zeros_like(self.spatial), temporal=torch.zeros_like(self.temporal)
-        )
+        """The other branch of guidance: neither image nor tokens, the same micro-conditioning.
+
+        Officially its tokens are zeros; to attend to them is to attend to none (UNet.forward).
+        """
+        return replace(self.without_image(), spatial=self.spatial[:0], temporal=self.temporal[:0])
 
     def beside(self, other: "Conditioning") -> "Conditioning":
         """The batch of both."""
@@ -95,9 +96,10 @@ class SVD(nn.Module):
 
     def network(self, cond: Conditioning) -> edm.Network:
         """F_theta of equation 2, given its conditioning."""
+        contexts = self.unet.absorb(cond.spatial, cond.temporal)
 
         def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
-            return self.unet(torch.cat([x, cond.concat], dim=2), c_noise, cond.micro, cond.spatial, cond.temporal)
+            return self.unet(torch.cat([x, cond.concat], dim=2), c_noise, cond.micro, contexts)
 
         return F_theta
 

@@ -1,9 +1,11 @@
 """The spatiotemporal UNet of Stable Video Diffusion (sgm's VideoUNet), with a set of tokens for every frame."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from minimti.attention import SpatioTemporalTransformer
+from minimti.attention import Context, SpatioTemporalTransformer
 from minimti.config import UNetConfig
 from minimti.layers import NORM_GROUPS, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, silu, sinusoid
 from minimti.memory import Frugal
@@ -42,13 +44,13 @@ class DownBlock(Block):
         super().__init__(config, [(c_in if i == 0 else c_out, c_out) for i in range(n)], n if attends else 0)
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsamples else [])
 
-    def forward(self, x: Tensor, embedding: Tensor, spatial: Tensor, temporal: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, embedding: Tensor, num_frames: int, contexts: Iterator[Context]) -> list[Tensor]:
         """Returns every feature map that a skip connection carries; the last one goes down."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = self.frugally(resnet, x, embedding, spatial.shape[1])
+            x = self.frugally(resnet, x, embedding, num_frames)
             if self.attentions:
-                x = self.frugally(self.attentions[i], x, spatial, temporal)
+                x = self.frugally(self.attentions[i], x, num_frames, next(contexts))
             skips.append(x)
         for downsample in self.downsamplers:
             skips.append(self.frugally(downsample, x))
@@ -59,10 +61,9 @@ class MidBlock(Block):
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__(config, [(channels, channels)] * 2, num_attentions=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        num_frames = spatial.shape[1]
+    def forward(self, x: Tensor, embedding: Tensor, num_frames: int, contexts: Iterator[Context]) -> Tensor:
         x = self.frugally(self.resnets[0], x, embedding, num_frames)
-        x = self.frugally(self.attentions[0], x, spatial, temporal)
+        x = self.frugally(self.attentions[0], x, num_frames, next(contexts))
         return self.frugally(self.resnets[1], x, embedding, num_frames)
 
 
@@ -72,13 +73,13 @@ class UpBlock(Block):
         super().__init__(config, widths, len(widths) if attends else 0)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsamples else [])
 
-    def forward(self, skips: list[Tensor], embedding: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+    def forward(self, skips: list[Tensor], embedding: Tensor, num_frames: int, contexts: Iterator[Context]) -> Tensor:
         """Takes its input from the end of `skips`, then one skip connection per res block."""
         x = skips.pop()
         for i in range(len(self.resnets)):
-            x = self.frugally(self._join, i, x, skips.pop(), embedding, spatial.shape[1])
+            x = self.frugally(self._join, i, x, skips.pop(), embedding, num_frames)
             if self.attentions:
-                x = self.frugally(self.attentions[i], x, spatial, temporal)
+                x = self.frugally(self.attentions[i], x, num_frames, next(contexts))
         for upsample in self.upsamplers:
             x = self.frugally(upsample, x)
         return x
@@ -120,37 +121,49 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, EPS)
         self.conv_out = conv3x3(c, config.out_channels)
 
-    def forward(self, x: Tensor, c_noise: Tensor, micro: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+    def absorb(self, spatial: Tensor, temporal: Tensor) -> list[Context]:
+        """What the transformers take from the tokens of T clips, one after the other; no noise level changes it.
+
+        spatial   [T, F, N, d]: tokens that the positions of each frame attend to
+        temporal  [T, N, d]: tokens that every position attends to over time
+
+        Raises ValueError where these are not of as many clips.
+        """
+        if len(spatial) != len(temporal):
+            raise ValueError(f"spatial tokens of {len(spatial)} clips, temporal tokens of {len(temporal)}")
+        spatial, temporal = spatial.to(self.conv_in.weight.dtype), temporal.to(self.conv_in.weight.dtype)
+        transformers = (module for module in self.modules() if isinstance(module, SpatioTemporalTransformer))
+        return [transformer.absorb(spatial, temporal) for transformer in transformers]
+
+    def forward(self, x: Tensor, c_noise: Tensor, micro: Tensor, contexts: list[Context]) -> Tensor:
         """One evaluation of the network, in the dtype of its weights; the result has the dtype of x.
 
         x         [B, F, in_channels, H, W]: c_in * noisy scaled latent, then the raw latent of the conditioning image
         c_noise   [B]: ln(sigma) / 4
         micro     [B, 3]: fps id, motion bucket id, noise augmentation
-        spatial   [B, F, N, d]: tokens that the positions of each frame attend to
-        temporal  [B, N, d]: tokens that every position attends to over time
+        contexts  of `absorb`, for the last T <= B clips; those before attend to no token, as to zeros
         returns   [B, F, out_channels, H, W]
 
         Raises ValueError where these shapes do not fit together.
         """
         batch, num_frames, _, height, width = x.shape
-        if spatial.shape[:2] != (batch, num_frames) or temporal.shape[:1] != (batch,):
-            shapes = f"{tuple(spatial.shape)} and {tuple(temporal.shape)}"
-            raise ValueError(f"tokens {shapes} do not fit {batch} clips of {num_frames} frames")
+        if (sets := len(contexts[0].spatial_keys)) % num_frames or sets > batch * num_frames:
+            raise ValueError(f"{sets} sets of spatial tokens do not fit {batch} clips of {num_frames} frames")
         if height % (cell := 2 ** (len(self.down_blocks) - 1)) or width % cell:
             raise ValueError(f"latents of {width}x{height} cannot be halved {len(self.down_blocks) - 1} times")
 
         out_dtype, dtype = x.dtype, self.conv_in.weight.dtype
-        x, spatial, temporal = x.to(dtype), spatial.to(dtype), temporal.to(dtype)
         embedding = self.time_embedding(sinusoid(c_noise, self.config.model_channels).to(dtype))
         vector = sinusoid(micro, self.config.adm_in_channels // micro.shape[1]).flatten(1)
         embedding = embedding + self.add_embedding(vector.to(dtype))  # [B, 4 c]
 
-        x = self.conv_in(x.flatten(0, 1))  # [(B F), c, H, W]
+        remaining = iter(contexts)
+        x = self.conv_in(x.to(dtype).flatten(0, 1))  # [(B F), c, H, W]
         skips = [x]
         for block in self.down_blocks:
-            skips += block(skips[-1], embedding, spatial, temporal)
-        skips.append(self.mid_block(skips[-1], embedding, spatial, temporal))
-        for block in self.up_blocks:
-            skips.append(block(skips, embedding, spatial, temporal))  # on the stack: a name here would keep it alive
+            skips += block(skips[-1], embedding, num_frames, remaining)
+        skips.append(self.mid_block(skips[-1], embedding, num_frames, remaining))
+        for block in self.up_blocks:  # results on the stack: a name here would keep them alive
+            skips.append(block(skips, embedding, num_frames, remaining))
         x = self.conv_out(silu(self.conv_norm_out(skips.pop())))
         return x.unflatten(0, (batch, num_frames)).to(out_dtype)

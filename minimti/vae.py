@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.config import VAEConfig
-from minimti.layers import NORM_GROUPS, ResBlock, Upsample, VideoResBlock, conv3x1x1, conv3x3
+from minimti.layers import NORM_GROUPS, ConvOverTime, ResBlock, Upsample, VideoResBlock, clips_of, conv3x3, frames_of
 
 EPS = 1e-6
 TEMPORAL_EPS = 1e-5  # of the decoder's res blocks over time; they also blend the other way round (layers.Blend)
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, config.ch, EPS)
         self.conv_out = conv3x3(config.ch, 3)
-        self.time_conv_out = conv3x1x1(3, 3)
+        self.time_conv_out = ConvOverTime(3, 3)
 
     def forward(self, z: Tensor, num_frames: int) -> Tensor:
         """Raw latents [(B F), z, h, w] -> pixels [(B F), 3, 8 h, 8 w], about [-1,1]."""
@@ -139,8 +139,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = block(x, num_frames)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        clip = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, 3, F, H, W]
-        return self.time_conv_out(clip).transpose(1, 2).flatten(0, 1)
+        return frames_of(self.time_conv_out(clips_of(x, num_frames)), x.shape[2])
 
 
 class VAE(nn.Module):

@@ -143,7 +143,9 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> SV
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
-            yield key, source.build(*parts).to(device, torch.float32 if key.startswith("vae.") else dtype)
+            tensor = source.build(*parts).to(device, torch.float32 if key.startswith("vae.") else dtype)
+            # Channels innermost: the convolutions hand that on, and no transformer or layer over time needs a copy.
+            yield key, tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
         for key, tensor in made.items():
             yield key, tensor.to(device)
 

@@ -51,7 +51,7 @@ def gradients(unet: UNet) -> list[torch.Tensor]:
         for shape in ((1, 3, 8, 8, 16), (1,), (1, 3, 5, 48), (1, 5, 48))
     )
     spatial, temporal = spatial.requires_grad_(), temporal.requires_grad_()
-    out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]), spatial, temporal)
+    out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]), unet.absorb(spatial, temporal))
     return [out.detach(), *torch.autograd.grad(out.square().sum(), [spatial, temporal])]
 
 
