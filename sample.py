@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minimti import cli, motion, video, weights
+from minimti import cli, edm, motion, video, weights
 from minimti.config import MODELS
 from minimti.files import InputError, check_writable, make_folder
 
@@ -22,15 +22,18 @@ def parse():
     add("--emb", metavar="FILE", help="the embedding that train.py wrote")
     add("--out", default=".", metavar="PATH", help="an .mp4 file for a single video, or a folder (default: this one)")
     cli.add_shared_arguments(parser, default_model="the embedding's, or svd", default_size="likewise")
-    add("--steps", type=cli.integer(1, 10**4), help="Euler steps (default: the model's, 25 for svd)")
+    add("--steps", type=cli.integer(1, 10**4), help="of the solver (default: the model's, 25 for svd)")
+    solvers = "heun evaluates the network twice a step, the others once (default: %(default)s)"
+    add("--solver", choices=edm.SOLVERS, default="euler", help=solvers)
     guidance = cli.number(-1000, 1000)
     add("--guidance", type=guidance, nargs=2, metavar=("MIN", "MAX"), help="of first and last frame (default: 1 3)")
     add("--fps", type=cli.integer(1, 1000), help="frames per second, told to the model and of the file (default: 7)")
     add("--motion-bucket", type=cli.integer(0, 10**4), help="how much moves, 0..255 in training (default: 127)")
     add("--noise-aug", type=cli.number(0, 100), help="noise on the image before it is encoded (default: 0.02)")
-    add(
-        "--unconditional", action="store_true", help="zero the image: the motion alone, with --guidance 1 10 by default"
-    )
+    alone = "zero the image: the motion alone, with --guidance 1 10 by default"
+    add("--unconditional", action="store_true", help=alone)
+    memory = "low: the two branches of guidance in turn, not as one batch (default: %(default)s)"
+    add("--memory", choices=("balanced", "low"), default="balanced", help=memory)
     return parser.parse_args()
 
 
@@ -75,7 +78,8 @@ def main() -> None:
     num_frames = learned.num_frames if learned else config.num_frames
     num_steps = args.steps or config.num_steps
 
-    svd = weights.load(checkpoint, device, dtype)
+    svd = weights.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
+    cli.compile_if_asked(svd.unet, args.compile, device)
     clips = [video.fit(image, size) for image in images] or [torch.zeros(1, 3, size[1], size[0])]
     # All encoding, then all denoising, then all decoding: at no time is a network in memory that is not needed again.
     with torch.inference_mode():
@@ -91,7 +95,8 @@ def main() -> None:
 
         latents = []
         for (cond, n), path in zip(jobs, paths):
-            for x in tqdm(svd.sample(cond, n, num_steps, guidance), total=num_steps, desc=path.stem):
+            xs = svd.sample(cond, n, num_steps, guidance, edm.SOLVERS[args.solver], in_turn=args.memory == "low")
+            for x in tqdm(xs, total=num_steps, desc=path.stem):
                 last = x
             latents.append(last)
         del svd.unet

@@ -53,7 +53,7 @@ def main() -> None:
     )
 
     began = time.perf_counter()
-    svd = weights.load(checkpoint, device, dtype)
+    svd = weights.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
     print(f"model      {config.name} from {checkpoint.path}, {dtype} on {device}, {time.perf_counter() - began:.1f} s")
 
     clip = video.fit(frames, size).to(device)
@@ -72,6 +72,7 @@ def main() -> None:
             return cached[step % len(cached)]
 
     set_mode(svd.unet, args.memory)
+    cli.compile_if_asked(svd.unet, args.compile, device)
     p_mean = config.p_mean if args.p_mean is None else args.p_mean
     p_std = config.p_std if args.p_std is None else args.p_std
     losses = invert(svd, views, learned, steps=args.steps, lr=args.lr, p_mean=p_mean, p_std=p_std)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Network = Callable[[Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Solver = Callable[[Denoiser, Tensor, Tensor], Iterator[Tensor]]
 
 
 def precondition(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,16 +65,51 @@ def guide(negative: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
     return negative + scale * (positive - negative)
 
 
-def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
-    """Euler's method on the probability flow ODE (EDM algorithm 1 without its correction).
+# Solvers of the probability flow ODE dx/dsigma = (x - D(x, sigma)) / sigma. Unit noise n [B, F, C, H, W] and sigmas
+# [steps + 1] that end with 0 come in; x after each step comes out, the last being the sample. The step to 0 is Euler's
+# for all of them: it ends on D itself.
 
-    n [B, F, C, H, W] is unit noise, sigmas [steps + 1] end with 0. Yields x after each step; the last is the sample.
-    """
+
+def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Order 1, an evaluation a step (EDM algorithm 1 without its correction): what SVD is sampled with."""
     x = n * (1 + sigmas[0] ** 2).sqrt()
     for sigma, sigma_next in pairwise(sigmas):
-        d = (x - denoiser(x, sigma.expand(x.shape[0]))) / sigma
+        d = (x - denoiser(x, sigma.expand(len(x)))) / sigma
         x = x + (sigma_next - sigma) * d
         yield x
+
+
+def heun(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Order 2, two evaluations a step (EDM algorithm 1, without stochasticity)."""
+    x = n * (1 + sigmas[0] ** 2).sqrt()
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        d = (x - denoiser(x, sigma.expand(len(x)))) / sigma
+        ahead = x + (sigma_next - sigma) * d
+        if step < len(sigmas) - 2:
+            d_next = (ahead - denoiser(ahead, sigma_next.expand(len(x)))) / sigma_next
+            ahead = x + (sigma_next - sigma) * (d + d_next) / 2
+        x = ahead
+        yield x
+
+
+def dpmpp_2m(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Order 2, an evaluation a step: DPM-Solver++(2M), Lu et al. 2022 algorithm 2, for alpha = 1.
+
+    lambda = -ln(sigma) is its time, h a step of it; D is extrapolated to the middle of a step from the step before.
+    """
+    x = n * (1 + sigmas[0] ** 2).sqrt()
+    before = h_before = None
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        D = denoiser(x, sigma.expand(len(x)))
+        h = (sigma / sigma_next).log()
+        inner = 0 < step < len(sigmas) - 2
+        middle = D + (D - before) * h / (2 * h_before) if inner else D
+        x = sigma_next / sigma * x + (1 - sigma_next / sigma) * middle
+        before, h_before = D, h
+        yield x
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpmpp-2m": dpmpp_2m}
 
 
 def _per_item(sigma: Tensor, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Motion-textual inversion: optimise the tokens of one motion on one clip, everything else frozen (paper 3.3)."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from minimti.motion import Motion
 from minimti.svd import SVD, Conditioning
 
 View = tuple[Tensor, Conditioning]
+REPORT = 10  # steps between two looks at the losses: on a GPU every look makes it wait for us
 
 
 def view(svd: SVD, clip: Tensor, learned: Motion, flip: bool, index: int) -> View:
@@ -28,14 +30,15 @@ def view(svd: SVD, clip: Tensor, learned: Motion, flip: bool, index: int) -> Vie
 def invert(
     svd: SVD, views: Callable[[int], View], learned: Motion, *, steps: int, lr: float, p_mean: float, p_std: float
 ) -> Iterator[float]:
-    """Optimises `learned.tokens` in place and yields the loss of every step.
+    """Optimises `learned.tokens` in place and yields the loss of every step, some steps late where there is a GPU.
 
     `views` gives the view of a step's number. The draws of a step depend on its number and the seed in `learned` alone.
-    Raises FloatingPointError before a loss that is not finite would spoil the tokens.
+    Raises FloatingPointError after a loss or a gradient that is not finite, which never enters the tokens.
     """
     svd.requires_grad_(False)
     tokens = learned.tokens.requires_grad_()
     adam = torch.optim.Adam([tokens], lr=lr)
+    unseen: list[tuple[int, Tensor, Tensor]] = []  # step, sigma, and the loss on its device
     for step in range(steps):
         x0, cond = views(step)
         generator = _generator(learned.seed, 2 * step + 1)
@@ -45,15 +48,21 @@ def invert(
 
         cond = replace(cond, spatial=spatial, temporal=temporal)
         loss = edm.loss(svd.network(cond), x0, sigma.to(x0), n.to(x0))
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss of step {step + 1} (sigma {sigma.item():.3g}) is not finite")
         adam.zero_grad()
         # The mean over so many elements would leave gradients too small for half precision inside the network.
         (loss * x0.numel()).backward()
         tokens.grad /= x0.numel()
+        loss = torch.where(tokens.grad.isfinite().all(), loss.detach(), torch.nan)
+        tokens.grad.nan_to_num_(0, 0, 0)
         adam.step()
         learned.steps = step + 1
-        yield loss.item()
+        unseen.append((learned.steps, sigma, loss))
+        if loss.device.type == "cpu" or len(unseen) == REPORT or learned.steps == steps:
+            for (number, sigma, _), value in zip(unseen, torch.stack([loss for *_, loss in unseen]).tolist()):
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss of step {number} (sigma {sigma.item():.3g}) is not finite")
+                yield value
+            unseen.clear()
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:

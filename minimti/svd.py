@@ -103,23 +103,35 @@ class SVD(nn.Module):
 
         return F_theta
 
-    def sample(self, cond: Conditioning, n: Tensor, num_steps: int, guidance: tuple[float, float]) -> Iterator[Tensor]:
-        """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the Euler steps.
+    def sample(
+        self,
+        cond: Conditioning,
+        n: Tensor,
+        num_steps: int,
+        guidance: tuple[float, float],
+        solver: edm.Solver = edm.euler,
+        in_turn: bool = False,
+    ) -> Iterator[Tensor]:
+        """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the solver's steps.
 
-        Guidance is a scale for the first frame and one for the last. Raises FloatingPointError at the end if a step
-        went wrong, naming it: checking as it goes would make the device wait.
+        Guidance is a scale for the first frame and one for the last; its two branches are one batch, or, for less
+        memory, evaluated in turn. Raises FloatingPointError at the end if a step went wrong, naming it: checking as it
+        goes would make the device wait.
         """
-        both = self.network(cond.negative().beside(cond))
+        branches = [cond.negative(), cond] if in_turn else [cond.negative().beside(cond)]
+        networks = [self.network(branch) for branch in branches]
         scale = edm.guidance_scale(*guidance, num_frames=n.shape[1]).to(n)
 
         def D(x: Tensor, sigma: Tensor) -> Tensor:
-            negative, positive = edm.denoise(both, torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
-            return edm.guide(negative, positive, scale)
+            copies = 2 // len(networks)
+            xs, sigmas = x.repeat(copies, 1, 1, 1, 1), sigma.repeat(copies)
+            estimates = torch.cat([edm.denoise(network, xs, sigmas) for network in networks])
+            return edm.guide(*estimates.chunk(2), scale)
 
         config = self.config
         sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
         finite = []
-        for x in edm.euler(D, n, sigmas.to(n)):
+        for x in solver(D, n, sigmas.to(n)):
             finite.append(x.isfinite().all())
             yield x
         if not (ok := torch.stack(finite).cpu()).all():

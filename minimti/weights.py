@@ -121,8 +121,10 @@ def find(model: str) -> Checkpoint:
     return Checkpoint(path, config, tensors)
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> SVD:
-    """The model on `device`, frozen: UNet and CLIP tower in `dtype`, the VAE in fp32.
+def load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> SVD:
+    """The model on `device`, frozen: UNet and CLIP tower in `dtype`, the VAE in `vae_dtype`.
 
     Raises InputError where the files do not hold exactly the tensors of the model.
     """
@@ -143,11 +145,11 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> SV
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
-            tensor = source.build(*parts).to(device, torch.float32 if key.startswith("vae.") else dtype)
+            tensor = source.build(*parts).to(device, vae_dtype if key.startswith("vae.") else dtype)
             # Channels innermost: the convolutions hand that on, and no transformer or layer over time needs a copy.
             yield key, tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
         for key, tensor in made.items():
-            yield key, tensor.to(device)
+            yield key, tensor.to(device, vae_dtype)
 
     fill(svd, ready())
     return svd.eval()

@@ -17,7 +17,7 @@ from PIL import Image
 
 import sample
 import train
-from minimti import cli, motion, video, weights
+from minimti import cli, edm, motion, video, weights
 from minimti.config import MODELS
 from minimti.memory import MODES
 from minimti.svd import SVD
@@ -149,6 +149,7 @@ def test_memory_modes_learn_the_same(work, call, mode):
 def test_every_setting_of_sampling_reaches_the_video(work, call):
     contents = set()
     settings = ["--guidance 1 1", "--motion-bucket 0", "--noise-aug 1", "--steps 2", "--dtype bfloat16", "--seed 1", ""]
+    settings += ["--solver heun", "--solver dpmpp-2m", "--vae-dtype bfloat16"]
     for setting in settings:
         args = ("--emb", "m.pt", "img.png", "--out", "set.mp4", *SMALL_FILE, *setting.split())
         code, _, error = call("sample.py", *args)
@@ -167,9 +168,9 @@ def test_the_defaults_of_sampling(work, call, monkeypatch):
     seen = {}
     sampled = SVD.sample
 
-    def spy(svd, cond, n, num_steps, guidance):
-        seen.update(cond=cond, num_steps=num_steps, guidance=tuple(guidance))
-        return sampled(svd, cond, n, num_steps, guidance)
+    def spy(svd, cond, n, num_steps, guidance, solver, in_turn):
+        seen.update(cond=cond, num_steps=num_steps, guidance=tuple(guidance), solver=solver, in_turn=in_turn)
+        return sampled(svd, cond, n, num_steps, guidance, solver, in_turn)
 
     monkeypatch.setattr(SVD, "sample", spy)
     learned = motion.load(work / "m.pt")
@@ -177,6 +178,7 @@ def test_the_defaults_of_sampling(work, call, monkeypatch):
     motion.save(learned, work / "own.pt")
     assert call("sample.py", "--emb", "own.pt", "img.png", "--out", "own.mp4", *SMALL_FILE)[0] == 0
     assert seen["num_steps"] == SMALL.num_steps and seen["guidance"] == (1, 3)
+    assert seen["solver"] is edm.euler and not seen["in_turn"]
     assert seen["cond"].micro.tolist() == [[11, 30, pytest.approx(0.02)]] and seen["cond"].concat.std() > 0
     assert torch.equal(seen["cond"].spatial, learned.sets[0]) and torch.equal(seen["cond"].temporal, learned.sets[1])
     assert properties(work / "own.mp4")[2:] == (4, 64, 64, 12)

@@ -13,6 +13,7 @@ import minimti.attention
 import minimti.decode
 from minimti.decode import decode
 from minimti.memory import MODES, flops_per_byte, set_mode
+from minimti.svd import SVD, Conditioning
 from minimti.unet import UNet
 from minimti.vae import VAE
 
@@ -63,6 +64,18 @@ def test_recomputation_gives_the_same_gradients(unet, mode, monkeypatch):
     set_mode(unet, mode)
     for ours, reference in zip(gradients(unet), plain):
         assert difference(ours, reference) < 1e-12
+
+
+@torch.no_grad()
+def test_guidance_in_turn_is_guidance_as_a_batch(unet):
+    with torch.device("meta"):
+        svd = SVD(SMALL)
+    svd.unet = unet
+    image, tokens = torch.randn(1, 3, 4, 8, 16, dtype=torch.float64), torch.randn(4, 5, 48, dtype=torch.float64)
+    cond = Conditioning(image, torch.tensor([[6, 127, 0.02]]), tokens[None, :3], tokens[3:])
+    n = torch.randn_like(image)
+    (*_, plain), (*_, ours) = (svd.sample(cond, n, 3, (1.0, 3.0), in_turn=in_turn) for in_turn in (False, True))
+    assert difference(ours, plain) < 1e-12
 
 
 def test_what_is_dear():
