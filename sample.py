@@ -80,18 +80,18 @@ def main() -> None:
 
     svd = weights.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
     cli.compile_if_asked(svd.unet, args.compile, device)
-    clips = [video.fit(image, size) for image in images] or [torch.zeros(1, 3, size[1], size[0])]
-    # All encoding, then all denoising, then all decoding: at no time is a network in memory that is not needed again.
+    targets = [video.fit(image, size).to(device) for image in images] or [torch.zeros(1, 3, *size[::-1], device=device)]
+    # One network after the other for all images: none is in memory that is not needed again.
     with torch.inference_mode():
+        tokens = [learned.sets if learned else svd.tokens_of(image, num_frames) for image in targets]
+        del svd.clip
+
         jobs = []
-        for image in clips:
+        for image, sets in zip(targets, tokens):
             generator = torch.Generator().manual_seed(args.seed)
-            image = image.to(device)
-            tokens = learned.sets if learned else svd.tokens_of(image, num_frames)
-            cond = svd.prepare(image, tokens, micro, generator)
+            cond = svd.prepare(image, sets, micro, generator)
             n = torch.randn(cond.concat.shape, generator=generator).to(device)
             jobs.append((cond.without_image() if args.unconditional else cond, n))
-        del svd.clip
 
         latents = []
         for (cond, n), path in zip(jobs, paths):
