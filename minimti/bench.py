@@ -1,0 +1,320 @@
+"""What training and sampling cost, ours / diffusers:  python -m minimti.bench
+
+Prices follow from shapes alone (price.py): the official size, bf16. Times are measured here, on the same weights and by
+turns, so that a machine busy with something else slows both. A GPU is given the priced steps; a CPU, which would need
+hours for those, the full-size UNet on a smaller clip.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import minimti
+from minimti import cli, edm
+from minimti.config import MODELS, SVDConfig
+from minimti.files import InputError, check_writable, whole_file
+from minimti.memory import set_mode
+from minimti.price import Price, price
+from minimti.svd import SVD, Conditioning
+
+TOKENS = 5  # N of the paper
+VIEWS, ITERATIONS = 25, 1000  # of train.py by default: views are encoded once, iterations share them
+EMULATED = 4  # bf16 products this many times slower than fp32 ones are not the hardware's own
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Diffusers(nn.Module):
+    """The networks of diffusers behind the methods of our SVD."""
+
+    def __init__(self, config: SVDConfig):
+        import diffusers
+
+        super().__init__()
+        self.config, unet, vae = config, config.unet, config.vae
+        attends = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
+        widths = [unet.model_channels * mult for mult in unet.channel_mult]
+        self.unet = diffusers.UNetSpatioTemporalConditionModel(
+            in_channels=unet.in_channels,
+            out_channels=unet.out_channels,
+            block_out_channels=widths,
+            down_block_types=[f"{'CrossAttn' * a}DownBlockSpatioTemporal" for a in attends],
+            up_block_types=[f"{'CrossAttn' * a}UpBlockSpatioTemporal" for a in reversed(attends)],
+            layers_per_block=unet.num_res_blocks,
+            cross_attention_dim=unet.context_dim,
+            num_attention_heads=[width // unet.num_head_channels for width in widths],
+            addition_time_embed_dim=unet.adm_in_channels // 3,
+            projection_class_embeddings_input_dim=unet.adm_in_channels,
+        )
+        self.vae = diffusers.AutoencoderKLTemporalDecoder(
+            down_block_types=["DownEncoderBlock2D"] * len(vae.ch_mult),
+            block_out_channels=[vae.ch * mult for mult in vae.ch_mult],
+            layers_per_block=vae.num_res_blocks,
+            latent_channels=vae.z_channels,
+            scaling_factor=vae.scale_factor,
+        )
+
+    def network(self, cond: Conditioning) -> edm.Network:
+        """One set of tokens serves every frame and every position: the temporal one."""
+
+        def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
+            noisy = torch.cat([x, cond.concat], dim=2).to(self.unet.dtype)
+            return self.unet(noisy, c_noise, cond.temporal.to(self.unet.dtype), cond.micro).sample.to(x.dtype)
+
+        return F_theta
+
+    def encode(self, clip: Tensor) -> Tensor:
+        raw = self.vae.encode(clip[0].to(self.vae.dtype)).latent_dist.mode()
+        return raw[None].to(clip.dtype) * self.config.vae.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raw = (latents[0] / self.config.vae.scale_factor).to(self.vae.dtype)
+        return self.vae.decode(raw, num_frames=len(raw)).sample[None].to(latents.dtype)
+
+
+def train(svd: SVD | Diffusers, x0: Tensor, image: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient of the loss to the tokens [1, N, d]; x0 [1, F, z, h, w], image [1, 1, z, h, w]."""
+    tokens = tokens.detach().requires_grad_()
+    loss = edm.loss(svd.network(_conditioning(svd.config, image, tokens)), x0, x0.new_ones(1), torch.randn_like(x0))
+    loss.backward()
+    return tokens.grad
+
+
+@torch.no_grad()
+def denoise(svd: SVD | Diffusers, x: Tensor, image: Tensor, tokens: Tensor) -> Tensor:
+    """One estimate of x0 with guidance; shapes as of `train`."""
+    cond = _conditioning(svd.config, image, tokens)
+    both = svd.network(cond.negative().beside(cond))
+    negative, positive = edm.denoise(both, torch.cat([x, x]), x.new_ones(2)).chunk(2)
+    return edm.guide(negative, positive, edm.guidance_scale(1.0, 3.0, x.shape[1]).to(x))
+
+
+@torch.no_grad()
+def encode(svd: SVD | Diffusers, clip: Tensor) -> Tensor:
+    return svd.encode(clip)
+
+
+@torch.no_grad()
+def decode(svd: SVD | Diffusers, latents: Tensor) -> Tensor:
+    return svd.decode(latents)
+
+
+def _conditioning(config: SVDConfig, image: Tensor, tokens: Tensor) -> Conditioning:
+    """The same image for every frame and the same tokens for all sets."""
+    micro = image.new_tensor([list(asdict(config.micro).values())])
+    spatial = tokens[:, None].expand(-1, config.num_frames, -1, -1)
+    return Conditioning(image.expand(-1, config.num_frames, -1, -1, -1), micro, spatial, tokens)
+
+
+@dataclass(frozen=True)
+class Case:
+    step: Callable[..., Tensor]  # one of the four above
+    config: SVDConfig
+    dtype: torch.dtype  # of the weights; the inputs are fp32
+    mode: str | None = None  # of memory.py
+    checkpointing: bool | None = False  # of diffusers; None: leave diffusers out
+
+    @property
+    def part(self) -> str:
+        return "unet" if self.step in (train, denoise) else "vae"
+
+
+def official_cases(config: SVDConfig) -> dict[str, Case]:
+    """The steps of training and sampling, as train.py and sample.py do them on a GPU."""
+    return {
+        "train_fast": Case(train, config, BF16, "fast"),
+        "train_balanced": Case(train, config, BF16, "balanced", checkpointing=True),
+        "train_low": Case(train, config, BF16, "low", checkpointing=None),
+        "denoise": Case(denoise, config, BF16),
+        "encode": Case(encode, config, FP32),
+        "decode": Case(decode, config, FP32),
+        "decode_bf16": Case(decode, config, BF16),
+    }
+
+
+def cpu_cases(config: SVDConfig) -> dict[str, Case]:
+    """The UNet on latents of 16x16 and a tiny one on 8x8; without bf16 where the processor has none."""
+    unet = replace(config.unet, model_channels=64, channel_mult=(1, 2), attention_resolutions=(2, 1))
+    cases = {"tiny_train_fp32": Case(train, replace(config, size=(64, 64), unet=unet), FP32)}
+    config = replace(config, size=(128, 128))
+    cases |= {"train_fp32": Case(train, config, FP32), "denoise_fp32": Case(denoise, config, FP32)}
+    if multiplies_bf16():
+        return cases | {"train_bf16": Case(train, config, BF16), "denoise_bf16": Case(denoise, config, BF16)}
+    print("no times in bf16: this processor only emulates it", file=sys.stderr)
+    return cases
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU does so itself, judged by its pace."""
+    a = torch.ones(256, 256)
+    single, half = (min(_measure(partial(torch.mm, b, b), "cpu")[0] for _ in range(5)) for b in (a, a.to(BF16)))
+    return half < EMULATED * single
+
+
+def skeletons(case: Case) -> tuple[SVD, Diffusers]:
+    """Both on the meta device, with nothing but the part that the case needs."""
+    with torch.device("meta"):
+        ours, theirs = SVD(case.config), Diffusers(case.config)
+    del ours.clip
+    for svd in (ours, theirs):
+        delattr(svd, "vae" if case.part == "unet" else "unet")
+        svd.requires_grad_(False).eval()
+    set_mode(ours, case.mode)
+    if case.checkpointing:
+        theirs.unet.enable_gradient_checkpointing()
+    return ours, theirs
+
+
+def random_weights(module: nn.Module, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """For a module on the meta device; activations neither vanish nor explode."""
+    return {
+        name: torch.randn(tensor.shape, dtype=dtype, device=device).div_(tensor.shape[1:].numel() ** 0.5)
+        for name, tensor in module.named_parameters()
+    }
+
+
+def inputs(case: Case, device: str) -> list[Tensor]:
+    config = case.config
+    width, height = config.size
+    pixels = 1, config.num_frames, 3, height, width
+    scale = 2 ** (len(config.vae.ch_mult) - 1)
+    clip, image = ((1, n, config.vae.z_channels, height // scale, width // scale) for n in (config.num_frames, 1))
+    tokens = 1, TOKENS, config.unet.context_dim
+    shapes = {encode: (pixels,), decode: (clip,)}.get(case.step, (clip, image, tokens))
+    return [torch.randn(shape, device=device) for shape in shapes]
+
+
+def prices(cases: dict[str, Case]) -> dict[str, tuple[Price, Price | None]]:
+    """Of every step, ours and theirs; and of `encode`, what it comes to per iteration of train.py."""
+    found = {}
+    for name, case in cases.items():
+        print(f"pricing {name}", file=sys.stderr)
+        ours, theirs = skeletons(case)
+        without = case.checkpointing is None
+        found[name] = _price(case, ours), None if without else _price(case, theirs)
+    clip, num_frames = found["encode"][0], cases["encode"].config.num_frames
+    share = VIEWS / ITERATIONS * (num_frames + 1) / num_frames  # the conditioning image is one frame more
+    found["encode_per_step"] = replace(clip, tflop=clip.tflop * share, traffic_tb=clip.traffic_tb * share), None
+    return found
+
+
+def _price(case: Case, svd: SVD | Diffusers) -> Price:
+    def build() -> tuple[nn.Module | Tensor, ...]:
+        svd.load_state_dict(random_weights(svd, case.dtype, "cpu"), assign=True)
+        return svd, *inputs(case, "cpu")
+
+    return price(build, case.step)
+
+
+def clock(case: Case, device: str, repeats: int) -> dict[str, float | None]:
+    """Median seconds, peak GiB (of CUDA), and the ratios theirs / ours of runs by turns; None where there are none."""
+    both, tensors = skeletons(case), inputs(case, device)
+    weights = random_weights(both[0], case.dtype, device)
+    for svd in both:
+        svd.load_state_dict(weights, assign=True)
+    steps = {who: partial(case.step, svd, *tensors) for who, svd in zip(("ours", "diffusers"), both)}
+    if case.checkpointing is None:
+        del steps["diffusers"]
+    for who, step in list(steps.items()):
+        try:
+            step()  # chooses kernels, takes memory from the system: done once
+        except torch.OutOfMemoryError:
+            print(f"  {who}: not enough memory", file=sys.stderr)
+            del steps[who]
+        torch.cuda.empty_cache()
+    runs = [{who: _measure(step, device) for who, step in steps.items()} for _ in range(repeats)]
+    keys = ("ours_s", "diffusers_s", "ours_gib", "diffusers_gib", "ratio", "ratio_min", "ratio_max")
+    found = dict.fromkeys(keys)
+    for who in steps:
+        found[f"{who}_s"] = statistics.median(run[who][0] for run in runs)
+        found[f"{who}_gib"] = runs[-1][who][1]
+    if len(steps) == 2:
+        ratios = [run["diffusers"][0] / run["ours"][0] for run in runs]
+        found |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+    return found
+
+
+def _measure(step: Callable[[], Tensor], device: str) -> tuple[float, float | None]:
+    """Seconds, and the peak of allocated GiB on CUDA."""
+    if device == "cpu":
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began, None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**30
+
+
+def table(prices: dict[str, tuple[Price, Price | None]], times: dict[str, dict[str, float | None]]) -> str:
+    """Markdown with aligned columns, ours / theirs."""
+    rows = [["step", "peak GiB", "TFLOP", "TB moved", "A100 s, at least", "s here", "GiB here", "diffusers : ours"]]
+    for name in prices | times:
+        priced, timed = prices.get(name, ()), times.get(name, {})
+        row = [name]
+        for field, digits in (("peak_gib", 2), ("tflop", 2), ("traffic_tb", 3), ("roofline_s", 3)):
+            row.append(_cell([getattr(found, field, None) for found in priced], digits))
+        row += [_cell([timed.get(f"{who}_{unit}") for who in ("ours", "diffusers")], 3) for unit in ("s", "gib")]
+        compared = timed.get("ratio") is not None
+        row.append("{ratio:.2f} ({ratio_min:.2f}..{ratio_max:.2f})".format(**timed) if compared else "-")
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows)
+
+
+def _cell(values: list[float | None], digits: int) -> str:
+    known = any(value is not None for value in values)
+    return " / ".join("-" if v is None else f"{v:.{digits}f}" for v in values) if known else "-"
+
+
+def as_json(prices: dict[str, tuple[Price, Price | None]]) -> dict[str, dict]:
+    def entry(found: Price) -> dict[str, float]:
+        return {"peak_gib": found.peak_gib, "tflop": found.tflop, "traffic_tb": found.traffic_tb}
+
+    return {name: entry(a) | {"diffusers": b and entry(b)} for name, (a, b) in prices.items()}
+
+
+def main() -> None:
+    parser = cli.Parser(prog="python -m minimti.bench", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--only", choices=("prices", "ratios"), help="half of the work (default: both)")
+    parser.add_argument("--repeats", type=cli.integer(1, 1000), default=5, help="pairs to time (default: %(default)s)")
+    args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
+    try:
+        import diffusers
+    except ImportError as error:
+        raise InputError("diffusers, to compare with, is not installed: pip install -e '.[test]'") from error
+    versions = {"minimti": minimti.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+    hardware = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
+    device, timed = "cpu", cpu_cases
+    if torch.cuda.is_available():
+        hardware, device, timed = torch.cuda.get_device_name(), "cuda", official_cases
+
+    priced = {} if args.only == "ratios" else prices(official_cases(MODELS["svd"]))
+    times = {}
+    for name, case in {} if args.only == "prices" else timed(MODELS["svd"]).items():
+        print(f"timing {name}", file=sys.stderr)
+        times[name] = clock(case, device, args.repeats)
+    print(f"ours / diffusers; {hardware}; " + ", ".join(map(" ".join, versions.items())))
+    print(table(priced, times))
+    if args.json:
+        report = {"prices": as_json(priced), "ratios": times, "hardware": hardware, "versions": versions}
+        with whole_file(args.json) as part:
+            part.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

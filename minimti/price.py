@@ -1,0 +1,104 @@
+"""What a computation costs, found from shapes alone: nothing is allocated and nothing is multiplied."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+# NVIDIA's figures for an A100 of 80 GB
+A100_FLOPS = 312e12  # per second, bf16 with fp32 accumulation
+A100_BANDWIDTH = 2.0e12  # bytes per second
+
+
+aten = torch.ops.aten
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _cpu_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+# Not every version of PyTorch that we run on has formulas for the attention of its CPU.
+FORMULAS = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Price:
+    weights_gib: float  # parameters and buffers
+    peak_gib: float  # largest sum of live tensors, weights included; what an allocator wastes comes on top
+    tflop: float  # of matrix products, convolutions and attention
+    traffic_tb: float  # read and written by the operators, each by itself: nothing is fused, no cache helps
+
+    @property
+    def roofline_s(self) -> float:
+        """Seconds on an A100 if it only computed, or only moved memory, at its peak. A lower bound, no forecast."""
+        return max(self.tflop * 1e12 / A100_FLOPS, self.traffic_tb * 1e12 / A100_BANDWIDTH)
+
+
+def price(build: Callable[[], tuple[nn.Module | Tensor, ...]], step: Callable[..., None]) -> Price:
+    """Price of step(*build()): modules and tensors, made on the CPU, and what is done with them.
+
+    The step runs twice, as the FLOP counter holds on to tensors; it should leave no gradients behind. It cannot look
+    at values. It should run under `no_grad` and not `inference_mode`, which hides the operators inside operators.
+    """
+    with FakeTensorMode(), torch.device("cpu"):
+        state = build()
+        meter = _Meter()
+        for item in state:
+            if isinstance(item, nn.Module):
+                meter.hold(*item.parameters(), *item.buffers())
+        weights = meter.live
+        meter.hold(*(item for item in state if isinstance(item, Tensor)))
+        with meter:
+            step(*state)
+    return Price(weights / 2**30, meter.peak / 2**30, meter.flops / 1e12, meter.traffic / 1e12)
+
+
+class _Meter(TorchDispatchMode):
+    """Sees every operator, and every storage from its making until nothing refers to it any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.held: set[int] = set()  # storages by id
+        self.live, self.peak, self.traffic = 0, 0, 0  # bytes
+        self.flops = 0
+
+    def hold(self, *tensors: Tensor) -> None:
+        for storage in map(Tensor.untyped_storage, tensors):
+            if id(storage) not in self.held:
+                self.held.add(id(storage))
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._release, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self.held.remove(key)
+        self.live -= nbytes
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        results = op(*args, **(kwargs or {}))
+        read, written = _tensors((args, kwargs)), _tensors(results)
+        self.hold(*written)
+        known = {id(tensor.untyped_storage()) for tensor in read}
+        is_view = all(id(tensor.untyped_storage()) in known for tensor in written) and not op._schema.is_mutable
+        if not is_view:
+            self.traffic += sum(tensor.nbytes for tensor in read + written)
+        if op.overloadpacket in FORMULAS:
+            self.flops += FORMULAS[op.overloadpacket](*args, **(kwargs or {}), out_val=results)
+        return results
+
+
+def _tensors(values) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
