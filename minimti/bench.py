@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -171,12 +171,14 @@ def skeletons(case: Case) -> tuple[SVD, Diffusers]:
     return ours, theirs
 
 
-def random_weights(module: nn.Module, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """For a module on the meta device; activations neither vanish nor explode."""
-    return {
-        name: torch.randn(tensor.shape, dtype=dtype, device=device).div_(tensor.shape[1:].numel() ** 0.5)
-        for name, tensor in module.named_parameters()
+def fill(networks: Sequence[SVD | Diffusers], case: Case, device: str) -> None:
+    """Gives all of them the same random weights, such that activations neither vanish nor explode."""
+    tensors = {
+        name: torch.randn(old.shape, dtype=case.dtype, device=device).div_(old.shape[1:].numel() ** 0.5)
+        for name, old in networks[0].named_parameters()
     }
+    for svd in networks:
+        svd.load_state_dict(tensors, assign=True)
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:
@@ -196,8 +198,7 @@ def prices(cases: dict[str, Case]) -> dict[str, tuple[Price, Price | None]]:
     for name, case in cases.items():
         print(f"pricing {name}", file=sys.stderr)
         ours, theirs = skeletons(case)
-        without = case.checkpointing is None
-        found[name] = _price(case, ours), None if without else _price(case, theirs)
+        found[name] = _price(case, ours), None if case.checkpointing is None else _price(case, theirs)
     clip, num_frames = found["encode"][0], cases["encode"].config.num_frames
     share = VIEWS / ITERATIONS * (num_frames + 1) / num_frames  # the conditioning image is one frame more
     found["encode_per_step"] = replace(clip, tflop=clip.tflop * share, traffic_tb=clip.traffic_tb * share), None
@@ -206,7 +207,7 @@ def prices(cases: dict[str, Case]) -> dict[str, tuple[Price, Price | None]]:
 
 def _price(case: Case, svd: SVD | Diffusers) -> Price:
     def build() -> tuple[nn.Module | Tensor, ...]:
-        svd.load_state_dict(random_weights(svd, case.dtype, "cpu"), assign=True)
+        fill([svd], case, "cpu")
         return svd, *inputs(case, "cpu")
 
     return price(build, case.step)
@@ -215,9 +216,7 @@ def _price(case: Case, svd: SVD | Diffusers) -> Price:
 def clock(case: Case, device: str, repeats: int) -> dict[str, float | None]:
     """Median seconds, peak GiB (of CUDA), and the ratios theirs / ours of runs by turns; None where there are none."""
     both, tensors = skeletons(case), inputs(case, device)
-    weights = random_weights(both[0], case.dtype, device)
-    for svd in both:
-        svd.load_state_dict(weights, assign=True)
+    fill(both, case, device)
     steps = {who: partial(case.step, svd, *tensors) for who, svd in zip(("ours", "diffusers"), both)}
     if case.checkpointing is None:
         del steps["diffusers"]
@@ -278,13 +277,6 @@ def _cell(values: list[float | None], digits: int) -> str:
     return " / ".join("-" if v is None else f"{v:.{digits}f}" for v in values) if known else "-"
 
 
-def as_json(prices: dict[str, tuple[Price, Price | None]]) -> dict[str, dict]:
-    def entry(found: Price) -> dict[str, float]:
-        return {"peak_gib": found.peak_gib, "tflop": found.tflop, "traffic_tb": found.traffic_tb}
-
-    return {name: entry(a) | {"diffusers": b and entry(b)} for name, (a, b) in prices.items()}
-
-
 def main() -> None:
     parser = cli.Parser(prog="python -m minimti.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
@@ -311,7 +303,8 @@ def main() -> None:
     print(f"ours / diffusers; {hardware}; " + ", ".join(map(" ".join, versions.items())))
     print(table(priced, times))
     if args.json:
-        report = {"prices": as_json(priced), "ratios": times, "hardware": hardware, "versions": versions}
+        as_json = {name: asdict(a) | {"diffusers": b and asdict(b)} for name, (a, b) in priced.items()}
+        report = {"prices": as_json, "ratios": times, "hardware": hardware, "versions": versions}
         with whole_file(args.json) as part:
             part.write_text(json.dumps(report, indent=2) + "\n")
 
