@@ -15,7 +15,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 A100_FLOPS = 312e12  # per second, bf16 with fp32 accumulation
 A100_BANDWIDTH = 2.0e12  # bytes per second
 
-
 aten = torch.ops.aten
 
 
@@ -43,15 +42,19 @@ class Price:
 
     @property
     def roofline_s(self) -> float:
-        """Seconds on an A100 if it only computed, or only moved memory, at its peak. A lower bound, no forecast."""
+        """Seconds on an A100 if it only computed, or only moved memory, at its peak. A lower bound, no forecast.
+
+        Only fusion, or a cache larger than its 40 MB, could beat the memory's share of it.
+        """
         return max(self.tflop * 1e12 / A100_FLOPS, self.traffic_tb * 1e12 / A100_BANDWIDTH)
 
 
-def price(build: Callable[[], tuple[nn.Module | Tensor, ...]], step: Callable[..., None]) -> Price:
+def price(build: Callable[[], tuple[nn.Module | Tensor, ...]], step: Callable) -> Price:
     """Price of step(*build()): modules and tensors, made on the CPU, and what is done with them.
 
-    The step runs twice, as the FLOP counter holds on to tensors; it should leave no gradients behind. It cannot look
-    at values. It should run under `no_grad` and not `inference_mode`, which hides the operators inside operators.
+    The step cannot look at values, and must not run under `inference_mode`, which hides what composite operators are
+    made of; `no_grad` does not. FLOPs are by torch's formulas, yet not by its FlopCounterMode: that holds on to tensors
+    which recomputation would have dropped, and so could not share a run with the peak.
     """
     with FakeTensorMode(), torch.device("cpu"):
         state = build()
