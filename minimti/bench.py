@@ -299,7 +299,8 @@ def main() -> None:
     times = {}
     for name, case in {} if args.only == "prices" else timed(MODELS["svd"]).items():
         print(f"timing {name}", file=sys.stderr)
-        times[name] = clock(case, device, args.repeats)
+        times[name] = t = clock(case, device, args.repeats)
+        print(f"  {_cell([t['ours_s'], t['diffusers_s']], 3)} s", file=sys.stderr)
     print(f"ours / diffusers; {hardware}; " + ", ".join(map(" ".join, versions.items())))
     print(table(priced, times))
     if args.json:
