@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import minimti
-from minimti import cli, edm
+from minimti import cli, edm, weights
 from minimti.config import MODELS, SVDConfig
 from minimti.files import InputError, check_writable, whole_file
 from minimti.memory import set_mode
@@ -61,11 +61,13 @@ class Diffusers(nn.Module):
         )
 
     def network(self, cond: Conditioning) -> edm.Network:
-        """One set of tokens serves every frame and every position: the temporal one."""
+        """One set of tokens serves every frame and every position: the temporal one, zeros where there is none."""
+        zeros = cond.temporal.new_zeros(len(cond.concat) - len(cond.temporal), *cond.temporal.shape[1:])
+        tokens = torch.cat([zeros, cond.temporal]).to(self.unet.dtype)
 
         def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
             noisy = torch.cat([x, cond.concat], dim=2).to(self.unet.dtype)
-            return self.unet(noisy, c_noise, cond.temporal.to(self.unet.dtype), cond.micro).sample.to(x.dtype)
+            return self.unet(noisy, c_noise, tokens, cond.micro).sample.to(x.dtype)
 
         return F_theta
 
@@ -105,6 +107,18 @@ def decode(svd: SVD | Diffusers, latents: Tensor) -> Tensor:
     return svd.decode(latents)
 
 
+def sample(svd: SVD, pixels: Tensor, tokens: Tensor) -> Tensor:
+    """What sample.py does after loading, in a single step of its solver: pixels [1, 3, H, W], tokens [1, N, d]."""
+    config = svd.config
+    with torch.no_grad():
+        del svd.clip
+        sets = tokens[:, None].expand(-1, config.num_frames, -1, -1), tokens
+        cond = svd.prepare(pixels, sets, config.micro, torch.Generator())
+        x = next(svd.sample(cond, torch.randn_like(cond.concat), 1, (1.0, 3.0)))
+        del svd.unet
+        return svd.decode(x)
+
+
 def _conditioning(config: SVDConfig, image: Tensor, tokens: Tensor) -> Conditioning:
     """The same image for every frame and the same tokens for all sets."""
     micro = image.new_tensor([list(asdict(config.micro).values())])
@@ -116,13 +130,15 @@ def _conditioning(config: SVDConfig, image: Tensor, tokens: Tensor) -> Condition
 class Case:
     step: Callable[..., Tensor]  # one of the four above
     config: SVDConfig
-    dtype: torch.dtype  # of the weights; the inputs are fp32
+    dtype: torch.dtype  # of the UNet and the CLIP tower; the inputs are fp32
+    vae_dtype: torch.dtype = FP32
     mode: str | None = None  # of memory.py
     checkpointing: bool | None = False  # of diffusers; None: leave diffusers out
 
     @property
-    def part(self) -> str:
-        return "unet" if self.step in (train, denoise) else "vae"
+    def unneeded(self) -> tuple[str, ...]:
+        """Networks that the step does without."""
+        return {train: ("vae", "clip"), denoise: ("vae", "clip"), sample: ()}.get(self.step, ("unet", "clip"))
 
 
 def official_cases(config: SVDConfig) -> dict[str, Case]:
@@ -132,9 +148,10 @@ def official_cases(config: SVDConfig) -> dict[str, Case]:
         "train_balanced": Case(train, config, BF16, "balanced", checkpointing=True),
         "train_low": Case(train, config, BF16, "low", checkpointing=None),
         "denoise": Case(denoise, config, BF16),
-        "encode": Case(encode, config, FP32),
-        "decode": Case(decode, config, FP32),
-        "decode_bf16": Case(decode, config, BF16),
+        "encode": Case(encode, config, BF16),
+        "decode": Case(decode, config, BF16),
+        "decode_bf16": Case(decode, config, BF16, vae_dtype=BF16),
+        "sample": Case(sample, config, BF16, checkpointing=None),
     }
 
 
@@ -158,12 +175,13 @@ def multiplies_bf16() -> bool:
 
 
 def skeletons(case: Case) -> tuple[SVD, Diffusers]:
-    """Both on the meta device, with nothing but the part that the case needs."""
+    """Both on the meta device, with nothing but the networks that the case needs."""
     with torch.device("meta"):
         ours, theirs = SVD(case.config), Diffusers(case.config)
-    del ours.clip
     for svd in (ours, theirs):
-        delattr(svd, "vae" if case.part == "unet" else "unet")
+        for name in case.unneeded:
+            if hasattr(svd, name):
+                delattr(svd, name)
         svd.requires_grad_(False).eval()
     set_mode(ours, case.mode)
     if case.checkpointing:
@@ -172,23 +190,29 @@ def skeletons(case: Case) -> tuple[SVD, Diffusers]:
 
 
 def fill(networks: Sequence[SVD | Diffusers], case: Case, device: str) -> None:
-    """Gives all of them the same random weights, such that activations neither vanish nor explode."""
-    tensors = {
-        name: torch.randn(old.shape, dtype=case.dtype, device=device).div_(old.shape[1:].numel() ** 0.5)
-        for name, old in networks[0].named_parameters()
-    }
+    """Gives all of them the same random weights, such that activations neither vanish nor explode.
+
+    Each in the layout it loads its own in: ours with channels innermost.
+    """
+    tensors = {}
+    for name, old in networks[0].named_parameters():
+        dtype = case.vae_dtype if name.startswith("vae.") else case.dtype
+        tensors[name] = torch.randn(old.shape, dtype=dtype, device=device).div_(old.shape[1:].numel() ** 0.5)
     for svd in networks:
         svd.load_state_dict(tensors, assign=True)
+        if isinstance(svd, SVD):
+            weights.fill(svd, [(name, weights.laid_out(tensor)) for name, tensor in tensors.items()])
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:
     config = case.config
     width, height = config.size
     pixels = 1, config.num_frames, 3, height, width
+    first = 1, 3, height, width
     scale = 2 ** (len(config.vae.ch_mult) - 1)
     clip, image = ((1, n, config.vae.z_channels, height // scale, width // scale) for n in (config.num_frames, 1))
     tokens = 1, TOKENS, config.unet.context_dim
-    shapes = {encode: (pixels,), decode: (clip,)}.get(case.step, (clip, image, tokens))
+    shapes = {encode: (pixels,), decode: (clip,), sample: (first, tokens)}.get(case.step, (clip, image, tokens))
     return [torch.randn(shape, device=device) for shape in shapes]
 
 

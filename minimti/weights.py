@@ -54,6 +54,12 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
         setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
+def laid_out(tensor: Tensor) -> Tensor:
+    """A convolution's weight with channels innermost: its output inherits that, down to the last layer, and then no
+    transformer and no layer over time has to copy its input."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
 # ---------------------------------------------------------------------------------------------- reading files
 
 
@@ -146,8 +152,7 @@ def load(
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
             tensor = source.build(*parts).to(device, vae_dtype if key.startswith("vae.") else dtype)
-            # Channels innermost: the convolutions hand that on, and no transformer or layer over time needs a copy.
-            yield key, tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+            yield key, laid_out(tensor)
         for key, tensor in made.items():
             yield key, tensor.to(device, vae_dtype)
 

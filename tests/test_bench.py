@@ -172,7 +172,7 @@ def run(*arguments: str) -> int:
 
 def test_one_run(tmp_path, capsys):
     """The command, on toy networks and a few of the steps."""
-    priced = {name: bench.official_cases(TOY)[name] for name in ("train_balanced", "train_low", "encode")}
+    priced = {name: bench.official_cases(TOY)[name] for name in ("train_balanced", "train_low", "encode", "sample")}
     timed = {"tiny_train_fp32": bench.Case(bench.train, TOY, torch.float32)}
     with (
         unittest.mock.patch.object(bench, "official_cases", lambda config: priced),
@@ -182,7 +182,7 @@ def test_one_run(tmp_path, capsys):
         assert run("--json", str(tmp_path / "b.json"), "--repeats", "1") == 0
     report = json.loads((tmp_path / "b.json").read_text())
     assert report.keys() == {"prices", "ratios", "hardware", "versions"}
-    alone = {"train_low", "encode_per_step"}
+    alone = {"train_low", "encode_per_step", "sample"}
     assert report["prices"].keys() == {"train_balanced", "encode"} | alone
     for name, found in report["prices"].items():
         assert (found["diffusers"] is None) == (name in alone)
@@ -222,5 +222,6 @@ def test_official_prices():
         assert found[name].tflop <= tflop
     assert found["denoise"].peak_gib <= 5
     assert found["decode_bf16"].peak_gib <= 5
+    assert found["sample"].peak_gib <= 6
     assert found["encode_per_step"].tflop <= 2
     assert found["train_balanced"].traffic_tb + found["encode_per_step"].traffic_tb <= 0.70
