@@ -131,7 +131,33 @@ _SVD = SVDConfig(
     clip=CLIPConfig(image_size=224, patch_size=14, width=1280, layers=32, head_width=80, embed_dim=1024),
 )
 
+# The embedded model: SVD's networks at sizes for a CPU, pre-trained on the procedural world (pretrain.py).
+_TINY = replace(
+    _SVD,
+    name="tiny",
+    size=(64, 64),
+    sigma_min=0.02,
+    sigma_max=100.0,
+    p_mean=0.4,
+    p_std=1.4,
+    unet=UNetConfig(
+        in_channels=16,
+        out_channels=8,
+        model_channels=64,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 1),
+        num_head_channels=32,
+        context_dim=64,
+        adm_in_channels=96,
+    ),
+    # Twice SVD's 4 latent channels: with 4 on 8x8 cells the way a sprite faces blurs.
+    vae=VAEConfig(ch=64, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=8, scale_factor=0.18215),
+    clip=CLIPConfig(image_size=64, patch_size=8, width=128, layers=4, head_width=32, embed_dim=64),
+)
+
 MODELS = {
     "svd": _SVD,
     "svd-xt": replace(_SVD, name="svd-xt", num_frames=25, num_steps=30),
+    "tiny": _TINY,
 }

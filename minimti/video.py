@@ -96,3 +96,16 @@ def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
         container.mux(stream.encode())
+
+
+def strip(clips: Tensor) -> Tensor:
+    """Clips [R, F, 3, H, W] in [-1,1] (clamped) -> one picture, uint8 [R H, F W, 3]: a row each, time to the right."""
+    rows, frames, channels, height, width = clips.shape
+    picture = clips.permute(0, 3, 1, 4, 2).reshape(rows * height, frames * width, channels)
+    return ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+
+def write_strip(path: str | Path, clips: Tensor) -> None:
+    """The picture of `strip` as a PNG."""
+    with whole_file(path) as part:
+        Image.fromarray(strip(clips).numpy()).save(part)

@@ -19,7 +19,8 @@ REPOSITORIES = {
     "svd": "stabilityai/stable-video-diffusion-img2vid",
     "svd-xt": "stabilityai/stable-video-diffusion-img2vid-xt",
 }
-SINGLE_FILES = {"svd": "svd.safetensors", "svd-xt": "svd_xt.safetensors"}
+# `tiny` is made, not downloaded, and has no folder in the other layout.
+SINGLE_FILES = {"svd": "svd.safetensors", "svd-xt": "svd_xt.safetensors", "tiny": "tiny/tiny.safetensors"}
 FOLDER_FILES = {
     "unet": "unet/diffusion_pytorch_model{}.safetensors",
     "vae": "vae/diffusion_pytorch_model{}.safetensors",
@@ -180,11 +181,16 @@ def _without_conditioner(wanted: dict[str, Source], config: SVDConfig) -> tuple[
 def locate(model: str, weights: Path = WEIGHTS) -> tuple[Path, SVDConfig]:
     """The file or folder of a model, and the sizes it has unless its metadata says otherwise.
 
-    A name of MODELS is looked for in weights/, then in the hub's local cache, then downloaded. Anything else is a path.
+    A name of MODELS is looked for in weights/; an official one then in the hub's local cache, then downloaded. Anything
+    else is a path.
     Raises InputError where there is nothing to be had.
     """
-    if model in MODELS:
+    if model in REPOSITORIES:
         return _local(model, weights) or _cached(model) or _download(model), MODELS[model]
+    if model in MODELS:
+        if (path := weights / SINGLE_FILES[model]).is_file():
+            return path, MODELS[model]
+        raise InputError(f"{model}: {path} is not there; make it: python -m minimti.pretrain")
     path = Path(model)
     if not path.is_dir():
         try:

@@ -44,7 +44,7 @@ def rewritten(small: Path, path: Path, change) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", weights.REPOSITORIES)
 @pytest.mark.parametrize(
     "name, source, drops",
     [
@@ -217,6 +217,15 @@ def test_search_order(hub, tmp_path):
     assert weights.locate("svd", local)[0] == local / "svd.safetensors"
     assert len(downloads) == 3
     assert "xt" in weights.locate("svd-xt", local)[0].as_posix() and len(downloads) == 6
+
+
+def test_the_embedded_model_is_never_downloaded(hub, tmp_path):
+    with pytest.raises(InputError, match="tiny.safetensors is not there; make it: python -m minimti.pretrain"):
+        weights.locate("tiny", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "tiny.safetensors").touch()
+    assert weights.locate("tiny", tmp_path) == (tmp_path / "tiny" / "tiny.safetensors", MODELS["tiny"])
+    assert hub[1] == []
 
 
 def answer(status: int) -> SimpleNamespace:

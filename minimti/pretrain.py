@@ -1,0 +1,457 @@
+"""Pre-trains the embedded model on the procedural world:  python -m minimti.pretrain
+
+It goes through the stages in which SVD was made (stages.py). Whenever it is stopped, the same command goes on where it
+was: what a step sees depends on seed, stage and step alone, so the result is that of a run never stopped.
+"""
+
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minimti import __version__, cli, video, weights, words
+from minimti.config import MODELS, SVDConfig, to_json
+from minimti.files import InputError, check_writable, existing, make_folder, whole_file
+from minimti.layers import NORM_GROUPS
+from minimti.layouts import official_source
+from minimti.stages import (
+    CHUNK,
+    CHUNKS,
+    SCENES,
+    STAGES,
+    Library,
+    Stage,
+    Trainee,
+    encoded,
+    gaussian,
+    normalise_latents,
+    pixels,
+)
+from minimti.world import MIN_SIDE, render
+
+LR = 1e-3
+WARM_UP = 100  # steps
+CLIP_NORM = 1.0
+EMA = 0.999
+SAVE_SECONDS = 120
+ENCODED, HELD_OUT = 10**6, 2 * 10**6  # in place of a stage's number, where a generator is not for its steps
+MEASURED, NORMALISED = 16, 64  # held-out clips: those whose reconstruction counts, those for the latents' scale
+SHOWN = 4  # of the measured, in a strip
+SHOWN_GUIDANCE = (2.0, 2.0)
+
+
+def generator(*numbers: int) -> np.random.Generator:
+    return np.random.default_rng(numbers)
+
+
+# ---------------------------------------------------------------------------------------------- what can be trained
+
+
+def check_sizes(config: SVDConfig) -> None:
+    """Raises InputError, with the reason, where such a model cannot be pre-trained on the world."""
+    unet, vae, tower, (width, height) = config.unet, config.vae, config.clip, config.size
+    widths = [unet.model_channels * mult for mult in unet.channel_mult]
+    picture, cell = f"a picture of {width}x{height}", config.granularity
+    refusals = [
+        (width % cell or height % cell, f"{picture} is no multiple of {cell}, as the networks halve it"),
+        (height < MIN_SIDE, f"{picture} is lower than {MIN_SIDE}, too small for a sprite"),
+        (not 1 <= width / height <= 1.8, f"{picture} is neither square nor up to 16:9"),
+        (
+            config.num_frames <= words.NUM_SLOTS,
+            f"{config.num_frames} frames do not move often enough for the {words.NUM_SLOTS} words of a caption",
+        ),
+        (
+            (unet.in_channels, unet.out_channels) != (2 * vae.z_channels, vae.z_channels),
+            f"a UNet of {unet.in_channels} channels in and {unet.out_channels} out does not fit latents of"
+            f" {vae.z_channels}, which it takes twice",
+        ),
+        (
+            tower.embed_dim != unet.context_dim,
+            f"the image tower's embedding has {tower.embed_dim} elements, a token {unet.context_dim}",
+        ),
+        (
+            any(w % unet.num_head_channels for w in widths),
+            f"channels of {', '.join(map(str, widths))} do not divide into heads of {unet.num_head_channels}",
+        ),
+        (
+            unet.model_channels % NORM_GROUPS or vae.ch % NORM_GROUPS,
+            f"channels of {unet.model_channels} and {vae.ch} do not divide into {NORM_GROUPS} groups",
+        ),
+        (
+            tower.image_size % tower.patch_size,
+            f"the image tower's {tower.image_size} pixels do not divide into patches of {tower.patch_size}",
+        ),
+    ]
+    for holds, reason in refusals:
+        if holds:
+            raise InputError(f"{config.name}: {reason}")
+
+
+def faster_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies matrices faster in it, else fp32: without AMX or AVX-512 it is far slower."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        seconds[dtype] = time.perf_counter() - start
+    return torch.bfloat16 if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+
+
+def hardware(dtype: torch.dtype) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # another operating system, or a processor that does not tell
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
+
+
+# ---------------------------------------------------------------------------------------------- the state of a run
+
+
+@dataclass
+class Record:
+    """What the card says of a stage."""
+
+    losses: list[float] = field(default_factory=list)  # of every step
+    seconds: float = 0.0
+    hardware: list[str] = field(default_factory=list)
+    psnr: float | None = None  # dB, of held-out frames
+
+
+@dataclass
+class Run:
+    """A pre-training as far as it has come; step, averaged weights and optimiser's state are the current stage's."""
+
+    config: SVDConfig
+    folder: Path
+    seed: int
+    scale: float
+    model: Trainee
+    dtype: torch.dtype
+    stage: int = 0
+    step: int = 0
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    optimiser: dict = field(default_factory=dict)
+    records: list[Record] = field(default_factory=lambda: [Record() for _ in STAGES])
+    encoding: dict[str, float] = field(default_factory=dict)  # seconds by library, of those in use
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def identity(self) -> dict:
+        return {"config": to_json(self.config), "seed": self.seed, "scale": self.scale}
+
+    def steps(self, stage: Stage) -> int:
+        return max(2, round(self.scale * stage.steps))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """The parameters of the current stage, by name; all others are frozen."""
+        self.model.requires_grad_(False)
+        for name in STAGES[self.stage].learns:
+            self.model.get_submodule(name).requires_grad_(True)
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self) -> None:
+        state = {key: getattr(self, key) for key in ("stage", "step", "ema", "optimiser")}
+        records = [asdict(record) for record in self.records]
+        with whole_file(self.path) as part:
+            torch.save({**self.identity, **state, "records": records, "model": self.model.state_dict()}, part)
+
+
+def begin(config: SVDConfig, folder: Path, seed: int, scale: float) -> Run:
+    """The run in a folder, as it was saved, or a new one. Raises InputError where another run lives there."""
+    torch.manual_seed(seed)
+    run = Run(config, folder, seed, scale, Trainee(config), faster_dtype())
+    if not run.path.exists():
+        return run
+    try:
+        saved = torch.load(existing(run.path), map_location="cpu", weights_only=True)
+        theirs = {key: saved[key] for key in run.identity}
+        if theirs == run.identity:
+            run.model.load_state_dict(saved["model"])
+            run.records = [Record(**record) for record in saved["records"]]
+            for key in ("stage", "step", "ema", "optimiser"):
+                setattr(run, key, saved[key])
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
+    if theirs != run.identity:
+        raise InputError(
+            f"{folder}: holds a run of --seed {theirs['seed']} --scale {theirs['scale']:g} or of other sizes;"
+            " name another --run"
+        )
+    return run
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and TERM wait: the callable raises KeyboardInterrupt if one has come."""
+    asked = []
+    before = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """LR after a warm-up, falling linearly over the second half."""
+    warm_up = min(WARM_UP, steps // 4 + 1)
+    return LR * min(1, (step + 1) / warm_up, 2 * (1 - step / steps))
+
+
+def library(run: Run, kind: str, check: Callable[[], None]) -> Library:
+    """The encoded clips of a kind, from the run's folder; what is not there yet is encoded first."""
+    parts, count = [], max(1, round(run.scale * CHUNKS[kind]))
+    make_folder(run.folder / "encoded")
+    run.encoding[kind] = 0.0
+    for i in tqdm(range(count), desc=f"encode {kind}", mininterval=1):
+        path = run.folder / "encoded" / f"{kind}-{i:04}.pt"
+        if not path.exists():
+            check()
+            start = time.perf_counter()
+            with run.autocast():
+                chunk = encoded(run.model, kind, generator(run.seed, ENCODED + list(SCENES).index(kind), i), CHUNK)
+            with whole_file(path) as part:
+                torch.save({"seconds": time.perf_counter() - start, "tensors": vars(chunk)}, part)
+        saved = torch.load(path, weights_only=True)
+        run.encoding[kind] += saved["seconds"]
+        parts.append(saved["tensors"].values())
+    return Library(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def train(run: Run, check: Callable[[], None]) -> None:
+    """The current stage from its current step to its end; leaves the averaged weights in the model.
+
+    Raises FloatingPointError where the loss is not finite.
+    """
+    stage, record = STAGES[run.stage], run.records[run.stage]
+    steps, learning = run.steps(stage), run.learning()
+    if (place := hardware(run.dtype)) not in record.hardware:
+        record.hardware.append(place)
+    libraries = {kind: library(run, kind, check) for kind in stage.needs}
+    adam = torch.optim.AdamW(learning.values(), lr=LR, betas=(0.9, 0.99), weight_decay=0.01)
+    if run.step:
+        adam.load_state_dict(run.optimiser)
+    else:
+        run.ema = {name: p.detach().clone() for name, p in learning.items()}
+
+    def save() -> None:
+        run.optimiser = adam.state_dict()
+        run.save()
+
+    started = saved = time.perf_counter()
+    progress = tqdm(total=steps, initial=run.step, desc=stage.name, mininterval=1)
+    try:
+        while run.step < steps:
+            check()
+            with run.autocast():
+                loss = stage.loss(run.model, libraries, generator(run.seed, run.stage, run.step), stage.batch)
+            if not loss.isfinite():
+                raise FloatingPointError(f"stage {stage.name}: the loss of step {run.step + 1} is not finite")
+            adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(learning.values(), CLIP_NORM)
+            for group in adam.param_groups:
+                group["lr"] = learning_rate(run.step, steps)
+            adam.step()
+            with torch.no_grad():
+                decay = min(EMA, (1 + run.step) / (10 + run.step))
+                torch._foreach_lerp_(list(run.ema.values()), list(learning.values()), 1 - decay)
+            run.step += 1
+            record.losses.append(loss.item())
+            progress.update()
+            progress.set_postfix(loss=f"{np.mean(record.losses[-50:]):.4f}", refresh=False)
+            now = time.perf_counter()
+            record.seconds, started = record.seconds + now - started, now
+            if now - saved > SAVE_SECONDS:
+                save()
+                saved = now
+    except KeyboardInterrupt:
+        save()
+        raise
+    finally:
+        progress.close()
+    save()
+    with torch.no_grad():
+        for name, p in learning.items():
+            p.copy_(run.ema[name])
+
+
+# ---------------------------------------------------------------------------------------------- what a stage leaves
+
+
+def held_out(run: Run, kind: str, count: int) -> list:
+    return [SCENES[kind](generator(run.seed, HELD_OUT, i), run.config) for i in range(count)]
+
+
+@torch.no_grad()
+def finish_autoencoder(run: Run) -> None:
+    """Measures the reconstruction of held-out clips, and shows some."""
+    svd, name = run.model.svd, STAGES[run.stage].name
+    clips = torch.stack([pixels(render(scene)) for scene in held_out(run, "captions", MEASURED + NORMALISED)])
+    if name == "frames":
+        with run.autocast():
+            normalise_latents(svd.vae, clips[MEASURED:, ::4].flatten(0, 1))
+    clips = clips[:MEASURED]
+    with run.autocast():
+        out = torch.cat([svd.decode(svd.encode(clip[None])) for clip in clips]).float().clamp(-1, 1)
+    run.records[run.stage].psnr = -10 * ((out - clips) / 2).square().mean().log10().item()
+    rows = torch.stack([clips[:SHOWN], out[:SHOWN]], dim=1).flatten(0, 1)
+    video.write_strip(run.folder / f"{name}.png", rows)
+
+
+@torch.no_grad()
+def show_samples(run: Run) -> None:
+    """Held-out clips, each above what the model makes of its first frame and its caption or habit."""
+    svd, config, name = run.model.svd, run.config, STAGES[run.stage].name
+    scenes = held_out(run, "habits" if name == "images" else "captions", SHOWN)
+    clips = torch.stack([pixels(render(scene)) for scene in scenes])
+    noise = torch.Generator().manual_seed(run.seed)
+    with run.autocast():
+        if name == "images":
+            tokens = svd.tokens_of(clips[:, 0], config.num_frames)
+        else:
+            tokens = words.caption_tokens(run.model.words, [s.program for s in scenes], config.num_frames)
+        cond = svd.prepare(clips[:, 0], tokens, config.micro, noise)
+        n = gaussian(generator(run.seed, HELD_OUT), tuple(cond.concat.shape))
+        *_, x = svd.sample(cond, n, config.num_steps, SHOWN_GUIDANCE)
+        out = svd.decode(x)
+    video.write_strip(run.folder / f"{name}.png", torch.stack([clips, out], dim=1).flatten(0, 1))
+
+
+def write_model(run: Run, out: Path) -> None:
+    """The inference files, in half precision: the model in the official layout, its words, and the card."""
+    make_folder(out)
+    svd, tensors = run.model.svd, {}
+    values = svd.state_dict()
+    for key, source in weights.sources(svd, official_source, run.config).items():
+        (name,) = source.names
+        tensors[name] = values[key].reshape(source.shape).half().contiguous()
+    with whole_file(out / f"{run.config.name}.safetensors") as part:
+        save_file(tensors, part, {"config": to_json(run.config)})
+    words.save(run.model.words, out / "words.safetensors")
+    with whole_file(out / "README.md") as part:
+        part.write_text(card(run))
+
+
+def card(run: Run) -> str:
+    svd = run.model.svd
+    millions = {part: sum(p.numel() for p in getattr(svd, part).parameters()) / 1e6 for part in ("unet", "vae", "clip")}
+    total = sum(record.seconds for record in run.records) + sum(run.encoding.values())
+    rows, places = [], []
+    for stage, record in zip(STAGES, run.records):
+        last = record.losses[-max(1, len(record.losses) // 20) :]
+        first = record.losses[: len(last)]
+        psnr = "" if record.psnr is None else f"{record.psnr:.1f} dB"
+        loss = f"{np.mean(first):.4f} to {np.mean(last):.4f}" if last else ""
+        rows.append(
+            f"| {stage.name} | {stage.teaches} | {len(record.losses)} of {run.steps(stage)} | {stage.batch} "
+            f"| {record.seconds / 60:.1f} | {loss} | {psnr} |"
+        )
+        places += [place for place in record.hardware if place not in places]
+    width, height = run.config.size
+    return "\n".join(
+        [
+            f"# The embedded model `{run.config.name}`",
+            "",
+            "Stable Video Diffusion's networks at small sizes, pre-trained from nothing on the procedural world"
+            " (`minimti/world.py`). It knows ten sprites and twelve words, and no photograph.",
+            "",
+            f"- made with: `python -m minimti.pretrain --seed {run.seed} --scale {run.scale:g}`"
+            f" (minimti {__version__}, PyTorch {torch.__version__})",
+            f"- on: {'; '.join(places)}",
+            f"- time: {total / 3600:.2f} hours; {sum(run.encoding.values()) / 60:.1f} minutes of them went into"
+            " encoding clips ahead, each to be used several times",
+            f"- clips: {run.config.num_frames} frames of {width}x{height}; latents of {run.config.vae.z_channels}"
+            " channels, SVD's have 4: with 4 the way a sprite faces blurs",
+            f"- parameters: UNet {millions['unet']:.2f} M, autoencoder {millions['vae']:.2f} M, image tower"
+            f" {millions['clip']:.2f} M; averaged over training, stored in fp16",
+            "- files: the model in the layout of Stability's `svd.safetensors`, and `words.safetensors`, the table of"
+            " words that captions are made of",
+            "",
+            "| stage | what | steps | batch | minutes | loss, first to last 5 % | held-out PSNR |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+FINISH = {
+    "frames": finish_autoencoder,
+    "clips": finish_autoencoder,
+    "captions": show_samples,
+    "images": show_samples,
+}
+
+
+def pretrain(config: SVDConfig, folder: Path, out: Path, seed: int, scale: float) -> Run:
+    """All stages that a run in `folder` has not yet done. After each, `out` holds the model as it then is.
+
+    Raises InputError where the sizes are impossible or the folder holds another run, KeyboardInterrupt when asked to
+    stop, after saving.
+    """
+    check_sizes(config)
+    for place in (folder, out):
+        make_folder(place)
+        check_writable(place / "checkpoint.pt")
+    run = begin(config, folder, seed, scale)
+    with deferred_interrupts() as check:
+        while run.stage < len(STAGES):
+            name = STAGES[run.stage].name
+            train(run, check)
+            if name in FINISH:
+                FINISH[name](run)
+            write_model(run, out)
+            run.stage, run.step, run.ema, run.optimiser = run.stage + 1, 0, {}, {}
+            run.save()
+            record = run.records[run.stage - 1]
+            psnr = "" if record.psnr is None else f", held-out PSNR {record.psnr:.1f} dB"
+            tqdm.write(f"{name}: {len(record.losses)} steps, {record.seconds / 60:.1f} minutes{psnr}")
+    return run
+
+
+def parse():
+    parser = cli.Parser(prog="python -m minimti.pretrain", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--run", default="runs/tiny", metavar="FOLDER", help="where it saves and goes on (default: %(default)s)")
+    add("--out", default=str(weights.WEIGHTS / "tiny"), metavar="FOLDER", help="of the model (default: weights/tiny)")
+    add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
+    add("--scale", type=cli.number(1e-6, 100), default=1.0, help="multiplies the steps of all stages (default: 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,202 @@
+"""Pre-training: every stage learns, a stopped run is as good as one never stopped, and what it leaves can be used."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minimti import pretrain, stages, weights, words
+from minimti.config import MODELS
+from minimti.files import InputError
+from minimti.stages import STAGES, Trainee
+from minimti.svd import SVD
+from minimti.vae import VAE
+from minimti.video import strip
+from minimti.world import WORDS
+
+TINY = MODELS["tiny"]
+SMALLER = replace(
+    TINY,
+    size=(48, 48),
+    num_frames=8,
+    num_steps=2,
+    unet=replace(TINY.unet, model_channels=32, num_head_channels=16),
+    vae=replace(TINY.vae, ch=32),
+    clip=replace(TINY.clip, image_size=48, patch_size=16, width=32, layers=1),
+)
+FEW = 1e-6  # two steps of each stage, one chunk of each library
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Smaller chunks and batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "CHUNK", 2)
+        patch.setattr(pretrain, "MEASURED", 4)
+        patch.setattr(pretrain, "NORMALISED", 4)
+        patch.setattr(pretrain, "STAGES", tuple(replace(s, batch=min(s.batch, 8)) for s in STAGES))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[pretrain.Run, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    return pretrain.pretrain(SMALLER, folder, folder / "out", 0, FEW), folder
+
+
+def test_every_stage_teaches_its_part_and_only_that(finished):
+    run, _ = finished
+    assert run.stage == len(STAGES)
+    assert [len(record.losses) for record in run.records] == [2] * len(STAGES)
+    torch.manual_seed(0)
+    before, after = Trainee(SMALLER).state_dict(), run.model.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    for stage in STAGES:
+        for part in stage.learns:
+            assert any(key.startswith(part) for key in changed), (stage.name, part)
+
+
+def test_what_is_left_can_be_used(finished):
+    run, folder = finished
+    checkpoint = weights.find(str(folder / "out" / "tiny.safetensors"))
+    assert checkpoint.config == SMALLER
+    svd = weights.load(checkpoint, torch.device("cpu"), torch.float32)
+    ours = run.model.svd.state_dict()
+    for key, tensor in svd.state_dict().items():
+        assert torch.equal(tensor, ours[key].half().float()), key
+    table = words.load(folder / "out" / "words.safetensors")
+    assert torch.equal(table.word.weight, run.model.words.word.weight)
+    spatial, temporal = words.caption_tokens(table, [WORDS[:7], WORDS[-7:]], 5)
+    assert spatial.shape == (2, 5, 7, 64) and temporal.shape == (2, 7, 64)
+    assert torch.equal(spatial[:, 3], temporal)
+    card = (folder / "out" / "README.md").read_text()
+    for text in ("python -m minimti.pretrain --seed 0", "hours", "threads", "text to video", " dB"):
+        assert text in card
+    for name in ("frames", "clips", "captions", "images"):
+        assert (folder / f"{name}.png").is_file()
+
+
+def test_a_stopped_run_equals_one_never_stopped(finished, tmp_path, monkeypatch):
+    """Asked to stop in one stage, killed in two others: once after a checkpoint, once before any."""
+    run, folder = finished
+    calls = []
+
+    def stopping(stage):
+        def loss(model, libraries, rng, batch):
+            value = stage.loss(model, libraries, rng, batch)
+            calls.append(stage.name)
+            if calls == ["frames"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if calls[-2:] == ["tower", "tower"] and calls.count("tower") == 2:
+                raise RuntimeError("killed")
+            if calls.count("images") == 1 and calls[-1] == "images":
+                raise RuntimeError("killed")
+            return value
+
+        return replace(stage, loss=loss)
+
+    monkeypatch.setattr(pretrain, "STAGES", tuple(map(stopping, pretrain.STAGES)))
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
+    for stopped in (KeyboardInterrupt, RuntimeError, RuntimeError):
+        with pytest.raises(stopped):
+            pretrain.pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW)
+    again = pretrain.pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW)
+    assert calls.count("frames") == 2 and calls.count("tower") == 3 and calls.count("images") == 3
+    for record, other in zip(again.records, run.records):
+        assert record.losses == other.losses
+    for name in ("tiny", "words"):
+        one, two = (load_file(f / "out" / f"{name}.safetensors") for f in (folder, tmp_path))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_folder_belongs_to_one_run(finished, tmp_path):
+    _, folder = finished
+    with pytest.raises(InputError, match="holds a run of --seed 0 --scale 1e-06"):
+        pretrain.pretrain(SMALLER, folder, folder / "out", 1, FEW)
+    (tmp_path / "checkpoint.pt").write_bytes(b"no")
+    with pytest.raises(InputError, match="not a checkpoint of minimti.pretrain"):
+        pretrain.pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (replace(SMALLER, size=(60, 48)), "60x48 is no multiple of 16"),
+        (replace(SMALLER, size=(32, 32)), "32x32 is lower than 48"),
+        (replace(SMALLER, size=(96, 48)), "96x48 is neither square nor up to 16:9"),
+        (replace(SMALLER, num_frames=7), "7 frames do not move often enough for the 7 words"),
+        (replace(SMALLER, vae=replace(TINY.vae, z_channels=4)), "does not fit latents of 4"),
+        (replace(SMALLER, clip=replace(TINY.clip, embed_dim=32)), "embedding has 32 elements, a token 64"),
+        (replace(SMALLER, unet=replace(TINY.unet, num_head_channels=48)), "do not divide into heads of 48"),
+        (replace(SMALLER, vae=replace(TINY.vae, ch=48)), "32 and 48 do not divide into 32 groups"),
+        (replace(SMALLER, clip=replace(TINY.clip, image_size=50)), "50 pixels do not divide into patches of 8"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_reason(config, reason, tmp_path):
+    with pytest.raises(InputError, match=reason):
+        pretrain.pretrain(config, tmp_path / "run", tmp_path / "out", 0, FEW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_model_is_small():
+    """30 MB in fp16, its words and the file's header included."""
+    pretrain.check_sizes(TINY)
+    with torch.device("meta"):
+        svd = SVD(TINY)
+    assert parameters(svd) < 14_500_000 and parameters(svd.unet) < 9_000_000
+
+
+def test_normalised_latents_have_unit_variance_and_decode_as_before():
+    torch.manual_seed(0)
+    vae = VAE(SMALLER.vae)
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    frames = torch.rand(32, 3, 48, 48) * 2 - 1
+    with torch.no_grad():
+        raw = vae.moments(frames).chunk(2, dim=1)[0]
+        before = vae.decoder.conv_in(raw)
+        stages.normalise_latents(vae, frames)
+        mean, log_variance = vae.moments(frames).chunk(2, dim=1)
+        after = vae.decoder.conv_in(mean)
+    scaled = mean * vae.config.scale_factor
+    assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(8), atol=1e-3)
+    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(8), atol=1e-3)
+    assert torch.allclose(before[..., 1:-1, 1:-1], after[..., 1:-1, 1:-1], atol=1e-4)
+
+
+def test_layers_over_time_start_as_identities():
+    torch.manual_seed(0)
+    svd = Trainee(SMALLER).svd
+    z = torch.randn(4, 8, 6, 6)
+    with torch.no_grad():
+        assert torch.allclose(svd.vae.decoder(z, 4), stages.decode_frames(svd.vae.decoder, z), atol=1e-5)
+
+
+def test_words_of_another_world_are_refused(tmp_path, monkeypatch):
+    table = words.Words(8)
+    with monkeypatch.context() as other:
+        other.setattr(words, "WORDS", WORDS[:-1] + ("jump",))
+        words.save(table, tmp_path / "words.safetensors")
+    with pytest.raises(InputError, match="its words are not those of the world: .*jump"):
+        words.load(tmp_path / "words.safetensors")
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match="holds no words"):
+        words.load(tmp_path / "no.safetensors")
+    with pytest.raises(ValueError, match="has 7 words"):
+        words.caption_tokens(table, [("up",)], 8)
+
+
+def test_a_strip_has_a_row_for_each_clip():
+    clips = torch.stack([torch.full((3, 3, 4, 5), value) for value in (-2.0, 1.0)])
+    clips[1, 2] = 0
+    picture = strip(clips)
+    assert picture.shape == (8, 15, 3) and picture.dtype == torch.uint8
+    assert (picture[:4] == 0).all() and (picture[4:, :10] == 255).all() and (picture[4:, 10:] == 128).all()
