@@ -106,6 +106,7 @@ class Library:
 
 def encoded(model: Trainee, kind: str, rng: np.random.Generator, num_scenes: int) -> Library:
     """Scenes and their mirror images, which have the same captions."""
+    # Half precision comes last: under autocast to bf16 a CPU does not even join tensors of fp16.
     svd, config = model.svd, model.config
     parts = []
     for _ in range(num_scenes):
@@ -117,8 +118,9 @@ def encoded(model: Trainee, kind: str, rng: np.random.Generator, num_scenes: int
             raw = svd.vae.moments(torch.cat([both.flatten(0, 1), image])).chunk(2, dim=1)[0].float()
             embedding = svd.embed(both[:, 0])
         latents = config.vae.scale_factor * raw[:-2].unflatten(0, (2, -1))
-        parts.append((latents.half(), raw[-2:].half(), embedding.half(), word_ids([scene.program] * 2)))
-    return Library(*(torch.cat(tensors) for tensors in zip(*parts)))
+        parts.append((latents, raw[-2:], embedding, word_ids([scene.program] * 2)))
+    latents, image, embedding, ids = (torch.cat(tensors) for tensors in zip(*parts))
+    return Library(latents.half(), image.half(), embedding.half(), ids)
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder
