@@ -18,7 +18,7 @@ from minimti.layers import Blend, ResBlock, VideoResBlock, silu
 from minimti.svd import SVD, Conditioning
 from minimti.vae import VAE, Decoder
 from minimti.words import NUM_SLOTS, Words, word_ids
-from minimti.world import SCALES, SHAPES, SPEED, Scene, habit, random_scene, render, trajectory
+from minimti.world import SCALES, SHAPES, SPEED, Scene, flip, habit, random_scene, render, trajectory
 
 KL = 1e-4
 POSED = 0.5  # share of the image tower's pictures whose sprite stands anywhere, as it may in the middle of a clip
@@ -228,9 +228,13 @@ def facts(scene: Scene) -> np.ndarray:
 
 
 def tower_loss(model: Trainee, libraries: dict[str, Library], rng: np.random.Generator, batch: int) -> Tensor:
-    """What is there, how it stands and where it will go; and an embedding of elements as large as those of words."""
-    scenes = [questioned_scene(rng, model.config) for _ in range(batch)]
+    """What is there, how it stands and where it will go; and an embedding of elements as large as those of words.
+
+    Half the pictures are the others mirrored: what differs between them is the way things face.
+    """
+    scenes = [questioned_scene(rng, model.config) for _ in range(batch // 2)]
     images = pixels(np.stack([first_frame(scene) for scene in scenes]))
+    images, scenes = torch.cat([images, images.flip(-1)]), scenes + [flip(scene) for scene in scenes]
     shapes = torch.tensor([SHAPES.index(scene.sprites[0].shape) for scene in scenes])
     wanted = torch.from_numpy(np.stack([facts(scene) for scene in scenes])).float()
     embedding = model.svd.clip(clip.preprocess(images, model.config.clip.image_size)).float()
@@ -299,7 +303,7 @@ class Stage:
 STAGES = (
     Stage("frames", "autoencoder, on frames", frames_loss, 6000, 16, ("svd.vae",)),
     Stage("clips", "its decoder, on clips", clips_loss, 1500, 2, ("svd.vae.decoder",)),
-    Stage("tower", "image tower", tower_loss, 3000, 64, ("svd.clip", "heads")),
+    Stage("tower", "image tower", tower_loss, 8000, 64, ("svd.clip", "heads")),
     Stage("captions", "text to video", captions_loss, 10000, 8, ("svd.unet", "words"), ("captions",)),
     Stage("images", "image to video", images_loss, 6000, 8, ("svd.unet", "words"), ("captions", "habits")),
 )
