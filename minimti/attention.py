@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimti.layers import NORM_GROUPS, Blend, TimestepEmbedding, sinusoid
+from minimti.layers import NORM_GROUPS, Blend, TimestepEmbedding, plus, sinusoid
 from minimti.memory import SLICE, Frugal
 
 
@@ -130,20 +130,24 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, num_frames: int, keys: Tensor, values: Tensor) -> Tensor:
-        """x [(B F), L, C] -> the same shape; keys and values are those of `attn2` for the last items of the batch.
+        """Fresh x [(B F), L, C] -> the same shape; keys and values of `attn2` are those of the last items of the batch.
 
-        The items before them attend to no token. A query of cross-attention knows nothing of its neighbours: over
-        time, all positions of a clip ask the same tokens and form one long sequence.
+        A query of cross-attention knows nothing of its neighbours: over time, all positions of a clip ask the same
+        tokens and form one long sequence.
         """
-        x = x + self.attn1(self.norm1(x), num_frames)
-        asking = x.unflatten(0, (-1, num_frames)).flatten(1, 2) if self.over_time else x
-        mute = len(asking) - len(keys)
-        silent, asking = asking.split([mute, len(keys)])
-        answered = asking + self.attn2(self.norm2(asking), keys, values)
-        if mute:  # attention to zeroed tokens is zero, and its projection the bias
-            answered = torch.cat([silent + self.attn2.to_out[0].bias, answered])
-        x = answered.view(x.shape)
-        return x + self.ff(self.norm3(x))
+        x = plus(x, self.attn1(self.norm1(x), num_frames))
+        sequences = x.unflatten(0, (-1, num_frames)).flatten(1, 2) if self.over_time else x
+        x = self._ask(sequences, keys, values).view(x.shape)
+        return plus(x, self.ff(self.norm3(x)))
+
+    def _ask(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """x + attn2(norm2(x)). Items without keys attend to zeroed tokens: what they get is 0, projected the bias."""
+        silent, asking = x.split([len(x) - len(keys), len(keys)])
+        asking = plus(asking, self.attn2(self.norm2(asking), keys, values))
+        if not len(silent):
+            return asking
+        silent = plus(silent, self.attn2.to_out[0].bias)
+        return torch.cat([silent, asking]) if torch.is_grad_enabled() else x
 
 
 class TemporalBlock(TransformerBlock):
@@ -157,7 +161,7 @@ class TemporalBlock(TransformerBlock):
         self.ff_in = FeedForward(dim)
 
     def forward(self, x: Tensor, num_frames: int, keys: Tensor, values: Tensor) -> Tensor:
-        return super().forward(x + self.ff_in(self.norm_in(x)), num_frames, keys, values)
+        return super().forward(plus(x, self.ff_in(self.norm_in(x))), num_frames, keys, values)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -189,4 +193,4 @@ class SpatioTemporalTransformer(nn.Module):
         clip = x.unflatten(0, (-1, num_frames)) + frame_embedding[:, None]  # [B, F, (H W), C]
         over_time = self.temporal_transformer_blocks[0](clip.flatten(0, 1), num_frames, *context[2:])
         x = self.proj_out(self.time_mixer(x, over_time))
-        return residual + x.transpose(1, 2).unflatten(2, residual.shape[-2:])
+        return plus(x.transpose(1, 2).unflatten(2, residual.shape[-2:]), residual)

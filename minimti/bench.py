@@ -131,9 +131,9 @@ class Case:
     step: Callable[..., Tensor]  # one of the four above
     config: SVDConfig
     dtype: torch.dtype  # of the UNet and the CLIP tower; the inputs are fp32
-    vae_dtype: torch.dtype = FP32
     mode: str | None = None  # of memory.py
     checkpointing: bool | None = False  # of diffusers; None: leave diffusers out
+    vae_dtype: torch.dtype = FP32
 
     @property
     def unneeded(self) -> tuple[str, ...]:
