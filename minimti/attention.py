@@ -68,11 +68,18 @@ class CrossAttention(nn.Module):
         v = self.to_v(tokens)
         if tokens.shape[1] == 1:
             return v.new_empty(len(v), v.shape[-1], 0), F.linear(v, self.to_out[0].weight)
-        k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.to_k(tokens), v))
-        w_q = self.to_q.weight.unflatten(0, (-1, self.head_dim))  # [heads, head_dim, dim]
-        w_out = self.to_out[0].weight.T.unflatten(0, (-1, self.head_dim))  # [heads, head_dim, dim]
-        keys = (k * self.head_dim**-0.5) @ w_q  # [sets, heads, N, dim]
-        return keys.flatten(1, 2).transpose(1, 2), (v @ w_out).flatten(1, 2)
+        keys = self._through(self.to_k(tokens) * self.head_dim**-0.5, self.to_q.weight)
+        values = self._through(v, self.to_out[0].weight.T)
+        return keys.permute(1, 3, 0, 2).flatten(2), values.transpose(0, 1).flatten(1, 2)
+
+    def _through(self, projected: Tensor, weight: Tensor) -> Tensor:
+        """Projected tokens [sets, N, dim] through a weight [dim, dim], head by head -> [heads, sets, N, dim].
+
+        All sets are rows of one product a head: to broadcast the weight over sets would copy it for each.
+        """
+        rows = projected.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+        weight = weight.unflatten(0, (-1, self.head_dim))
+        return (rows @ weight).unflatten(1, projected.shape[:2])
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """x [sets, L, dim] -> [sets, L, dim], or [sets, 1, dim] where it is the same for all."""
