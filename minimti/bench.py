@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import minimti
 from minimti import cli, edm, weights
-from minimti.config import MODELS, SVDConfig
+from minimti.config import MODELS, SVDConfig, UNetConfig, VAEConfig
 from minimti.files import InputError, check_writable, whole_file
 from minimti.memory import set_mode
 from minimti.price import Price, price
@@ -30,35 +30,44 @@ EMULATED = 4  # bf16 products this many times slower than fp32 ones are not the 
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+def diffusers_unet(config: UNetConfig) -> nn.Module:
+    """The class of diffusers with the sizes of ours, and the same names of tensors."""
+    from diffusers import UNetSpatioTemporalConditionModel  # of the extra `test`: slow, and nobody else needs it
+
+    attends = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
+    widths = [config.model_channels * mult for mult in config.channel_mult]
+    return UNetSpatioTemporalConditionModel(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=widths,
+        down_block_types=[f"{'CrossAttn' * a}DownBlockSpatioTemporal" for a in attends],
+        up_block_types=[f"{'CrossAttn' * a}UpBlockSpatioTemporal" for a in reversed(attends)],
+        layers_per_block=config.num_res_blocks,
+        cross_attention_dim=config.context_dim,
+        num_attention_heads=[width // config.num_head_channels for width in widths],
+        addition_time_embed_dim=config.adm_in_channels // 3,
+        projection_class_embeddings_input_dim=config.adm_in_channels,
+    )
+
+
+def diffusers_vae(config: VAEConfig) -> nn.Module:
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    return AutoencoderKLTemporalDecoder(
+        down_block_types=["DownEncoderBlock2D"] * len(config.ch_mult),
+        block_out_channels=[config.ch * mult for mult in config.ch_mult],
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels,
+        scaling_factor=config.scale_factor,
+    )
+
+
 class Diffusers(nn.Module):
     """The networks of diffusers behind the methods of our SVD."""
 
     def __init__(self, config: SVDConfig):
-        import diffusers
-
         super().__init__()
-        self.config, unet, vae = config, config.unet, config.vae
-        attends = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
-        widths = [unet.model_channels * mult for mult in unet.channel_mult]
-        self.unet = diffusers.UNetSpatioTemporalConditionModel(
-            in_channels=unet.in_channels,
-            out_channels=unet.out_channels,
-            block_out_channels=widths,
-            down_block_types=[f"{'CrossAttn' * a}DownBlockSpatioTemporal" for a in attends],
-            up_block_types=[f"{'CrossAttn' * a}UpBlockSpatioTemporal" for a in reversed(attends)],
-            layers_per_block=unet.num_res_blocks,
-            cross_attention_dim=unet.context_dim,
-            num_attention_heads=[width // unet.num_head_channels for width in widths],
-            addition_time_embed_dim=unet.adm_in_channels // 3,
-            projection_class_embeddings_input_dim=unet.adm_in_channels,
-        )
-        self.vae = diffusers.AutoencoderKLTemporalDecoder(
-            down_block_types=["DownEncoderBlock2D"] * len(vae.ch_mult),
-            block_out_channels=[vae.ch * mult for mult in vae.ch_mult],
-            layers_per_block=vae.num_res_blocks,
-            latent_channels=vae.z_channels,
-            scaling_factor=vae.scale_factor,
-        )
+        self.config, self.unet, self.vae = config, diffusers_unet(config.unet), diffusers_vae(config.vae)
 
     def network(self, cond: Conditioning) -> edm.Network:
         """One set of tokens serves every frame and every position: the temporal one, zeros where there is none."""

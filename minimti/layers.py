@@ -107,7 +107,8 @@ class ConvOverTime(nn.Conv3d):
 
 def clips_of(x: Tensor, num_frames: int) -> Tensor:
     """[(B F), C, H, W] -> [B, C, F, (H W)], as layers over time want it; a view."""
-    return x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
+    # In this order also a single clip gets the strides by which libraries tell that channels are innermost.
+    return x.flatten(2).unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
 def frames_of(clips: Tensor, height: int) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minimti import clip, video, weights
+from minimti.bench import diffusers_unet, diffusers_vae
 from minimti.config import CLIPConfig, SVDConfig, UNetConfig, VAEConfig, to_json
 from minimti.layouts import folder_source
 from minimti.unet import UNet
@@ -27,20 +28,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def their_unet(config: UNetConfig) -> nn.Module:
-    attends = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
-    widths = [config.model_channels * mult for mult in config.channel_mult]
-    unet = diffusers.UNetSpatioTemporalConditionModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=widths,
-        down_block_types=[f"{'CrossAttn' if a else ''}DownBlockSpatioTemporal" for a in attends],
-        up_block_types=[f"{'CrossAttn' if a else ''}UpBlockSpatioTemporal" for a in reversed(attends)],
-        layers_per_block=config.num_res_blocks,
-        cross_attention_dim=config.context_dim,
-        num_attention_heads=[width // config.num_head_channels for width in widths],
-        addition_time_embed_dim=config.adm_in_channels // 3,
-        projection_class_embeddings_input_dim=config.adm_in_channels,
-    )
+    unet = diffusers_unet(config)
     for name, module in unet.named_modules():
         if isinstance(module, nn.GroupNorm) and ".attentions." not in f".{name}".replace("resnets", ""):
             module.eps = 1e-5  # as in the official code
@@ -48,13 +36,7 @@ def their_unet(config: UNetConfig) -> nn.Module:
 
 
 def their_vae(config: VAEConfig) -> nn.Module:
-    return diffusers.AutoencoderKLTemporalDecoder(
-        down_block_types=["DownEncoderBlock2D"] * len(config.ch_mult),
-        block_out_channels=[config.ch * mult for mult in config.ch_mult],
-        layers_per_block=config.num_res_blocks,
-        latent_channels=config.z_channels,
-        scaling_factor=config.scale_factor,
-    ).eval()
+    return diffusers_vae(config).eval()
 
 
 def their_clip(config: CLIPConfig) -> nn.Module:
