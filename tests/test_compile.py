@@ -15,13 +15,14 @@ CPU = torch.device("cpu")
 
 
 def step(unet: UNet, draw: int, learns: bool) -> list[torch.Tensor]:
-    """The output and, in training, the gradients of both token sets."""
+    """In training the output and the gradients of both token sets; in sampling the output for a batch of guidance."""
     generator = torch.Generator().manual_seed(draw)
-    shapes = ((1, 3, 8, 8, 8), (1,), (1, 3, 5, 48), (1, 5, 48))
-    x, c_noise, *sets = (torch.randn(shape, generator=generator) for shape in shapes)
-    with torch.set_grad_enabled(learns):
+    batch = 1 if learns else 2
+    shapes = ((batch, 3, 8, 8, 8), (batch,), (1, 3, 5, 48), (1, 5, 48))
+    with torch.inference_mode(not learns):
+        x, c_noise, *sets = (torch.randn(shape, generator=generator) for shape in shapes)
         sets = [tokens.requires_grad_(learns) for tokens in sets]
-        out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]), unet.absorb(*sets))
+        out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]).expand(batch, -1), unet.absorb(*sets))
         return [out, *(torch.autograd.grad(out.square().sum(), sets) if learns else ())]
 
 
