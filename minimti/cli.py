@@ -57,7 +57,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, default_model: str, de
     add("--device", default=default_device(), help="cuda, mps, cpu, ... (default here: %(default)s)")
     add("--dtype", choices=DTYPES, help="of UNet and CLIP tower (default: bfloat16 on cuda, else float32)")
     add("--vae-dtype", choices=DTYPES, default="float32", help="of the autoencoder (default: %(default)s)")
-    compiled = "torch.compile the UNet: minutes before the first step, faster steps (default: on cuda)"
+    compiled = "torch.compile the UNet to a single graph: minutes before the first step (default: on cuda)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
 
 
