@@ -10,16 +10,23 @@ from minimti.layers import NORM_GROUPS, Blend, TimestepEmbedding, plus, sinusoid
 from minimti.memory import SLICE, Frugal
 
 
-class SelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d_a)) V (paper equation 4) among the positions of each frame."""
+class Attention(nn.Module):
+    """The projections of softmax(Q K^T / sqrt(d_a)) V, paper equation 4."""
 
-    def __init__(self, dim: int, head_dim: int):
+    def __init__(self, dim: int, context_dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
         self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+
+class SelfAttention(Attention):
+    """Among the positions of each frame."""
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__(dim, dim, head_dim)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """[(B F), L, dim] -> the same shape."""
@@ -41,8 +48,8 @@ class SelfAttentionOverTime(SelfAttention):
         return torch.stack(out).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
-class CrossAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d_a)) V (paper equation 4) from many positions x to few tokens c.
+class CrossAttention(Attention):
+    """From many positions x to few tokens c.
 
     With so few tokens the projections of the positions are cheaper applied to the tokens:
 
@@ -50,14 +57,6 @@ class CrossAttention(nn.Module):
 
     The two brackets, here `keys` and `values`, know nothing of x: `absorb` makes them once for constant tokens.
     """
-
-    def __init__(self, dim: int, context_dim: int, head_dim: int):
-        super().__init__()
-        self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def absorb(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [sets, N, context_dim] -> keys [sets, dim, heads N], values [sets, heads N, dim].

@@ -52,11 +52,12 @@ def tensor_of(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def fill_by_name(module: nn.Module, config: SVDConfig, prefix: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Gives a module on the meta device the weights of the rule, through the loader's official key map."""
+    """Gives a module on the meta device the weights of the rule, through the loader's official key map and layout."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for key, source in weights.sources(module, official_source, config, prefix).items():
-            yield key, source.build(*(tensor_of(name, source.shape) for name in source.names)).to(dtype)
+            tensor = source.build(*(tensor_of(name, source.shape) for name in source.names)).to(dtype)
+            yield key, weights.laid_out(tensor)
 
     weights.fill(module, tensors())
     return module.eval()
