@@ -210,7 +210,9 @@ def fill(networks: Sequence[SVD | Diffusers], case: Case, device: str) -> None:
     for svd in networks:
         svd.load_state_dict(tensors, assign=True)
         if isinstance(svd, SVD):
-            weights.fill(svd, [(name, weights.laid_out(tensor)) for name, tensor in tensors.items()])
+            weights.fill(
+                svd, [(name, tensor.to(memory_format=weights.layout(tensor))) for name, tensor in tensors.items()]
+            )
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Pre-trains the embedded model on the procedural world:  python -m minimti.pretrain
 
 It goes through the stages in which SVD was made (stages.py). Whenever it is stopped, the same command goes on where it
-was: what a step sees depends on seed, stage and step alone, so the result is that of a run never stopped.
+was: what a step sees depends on seed, stage and step alone, so the result is that of a run never stopped, to the last
+bit where PyTorch has as many threads.
 """
 
 import platform

@@ -55,10 +55,10 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
         setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
-def laid_out(tensor: Tensor) -> Tensor:
-    """A convolution's weight with channels innermost: its output inherits that, down to the last layer, and then no
-    transformer and no layer over time has to copy its input."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+def layout(tensor: Tensor) -> torch.memory_format:
+    """For the weight of a convolution, channels innermost: its output inherits that, down to the last layer, and then
+    no transformer and no layer over time has to copy its input."""
+    return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
 
 
 # ---------------------------------------------------------------------------------------------- reading files
@@ -152,8 +152,9 @@ def load(
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
-            tensor = source.build(*parts).to(device, vae_dtype if key.startswith("vae.") else dtype)
-            yield key, laid_out(tensor)
+            tensor, kind = source.build(*parts), vae_dtype if key.startswith("vae.") else dtype
+            # A copy even where nothing changes: a view would keep its part of the file in memory.
+            yield key, tensor.to(device, kind, copy=True, memory_format=layout(tensor))
         for key, tensor in made.items():
             yield key, tensor.to(device, vae_dtype)
 

@@ -56,8 +56,8 @@ def fill_by_name(module: nn.Module, config: SVDConfig, prefix: str, dtype: torch
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for key, source in weights.sources(module, official_source, config, prefix).items():
-            tensor = source.build(*(tensor_of(name, source.shape) for name in source.names)).to(dtype)
-            yield key, weights.laid_out(tensor)
+            tensor = source.build(*(tensor_of(name, source.shape) for name in source.names))
+            yield key, tensor.to(dtype, memory_format=weights.layout(tensor))
 
     weights.fill(module, tensors())
     return module.eval()

@@ -85,7 +85,6 @@ def test_what_is_left_can_be_used(finished):
         assert (folder / f"{name}.png").is_file()
 
 
-@pytest.mark.full
 def test_a_stopped_run_equals_one_never_stopped(finished, tmp_path, monkeypatch):
     """Asked to stop in one stage, killed in two others: in its second step, and before any checkpoint of its own."""
     run, folder = finished
