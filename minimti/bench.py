@@ -137,7 +137,7 @@ def _conditioning(config: SVDConfig, image: Tensor, tokens: Tensor) -> Condition
 
 @dataclass(frozen=True)
 class Case:
-    step: Callable[..., Tensor]  # one of the four above
+    step: Callable[..., Tensor]  # one of those above
     config: SVDConfig
     dtype: torch.dtype  # of the UNet and the CLIP tower; the inputs are fp32
     mode: str | None = None  # of memory.py
@@ -178,9 +178,7 @@ def cpu_cases(config: SVDConfig) -> dict[str, Case]:
 
 def multiplies_bf16() -> bool:
     """Whether the CPU does so itself, judged by its pace."""
-    a = torch.ones(256, 256)
-    single, half = (min(_measure(partial(torch.mm, b, b), "cpu")[0] for _ in range(5)) for b in (a, a.to(BF16)))
-    return half < EMULATED * single
+    return EMULATED * cli.bf16_speedup() > 1
 
 
 def skeletons(case: Case) -> tuple[SVD, Diffusers]:
@@ -208,11 +206,11 @@ def fill(networks: Sequence[SVD | Diffusers], case: Case, device: str) -> None:
         dtype = case.vae_dtype if name.startswith("vae.") else case.dtype
         tensors[name] = torch.randn(old.shape, dtype=dtype, device=device).div_(old.shape[1:].numel() ** 0.5)
     for svd in networks:
-        svd.load_state_dict(tensors, assign=True)
         if isinstance(svd, SVD):
-            weights.fill(
-                svd, [(name, tensor.to(memory_format=weights.layout(tensor))) for name, tensor in tensors.items()]
-            )
+            laid_out = ((name, tensor.to(memory_format=weights.layout(tensor))) for name, tensor in tensors.items())
+            weights.fill(svd, laid_out)
+        else:
+            svd.load_state_dict(tensors, assign=True)
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:

@@ -99,15 +99,7 @@ def check_sizes(config: SVDConfig) -> None:
 
 def faster_dtype() -> torch.dtype:
     """bf16 where this machine multiplies matrices faster in it, else fp32: without AMX or AVX-512 it is far slower."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        seconds[dtype] = time.perf_counter() - start
-    return torch.bfloat16 if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+    return torch.bfloat16 if cli.bf16_speedup() > 1.3 else torch.float32
 
 
 def hardware(dtype: torch.dtype) -> str:
