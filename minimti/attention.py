@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimti.layers import NORM_GROUPS, Blend, TimestepEmbedding, plus, sinusoid
+from minimti.config import UNetConfig
+from minimti.layers import Blend, TimestepEmbedding, plus, sinusoid
 from minimti.memory import SLICE, Frugal
 
 
@@ -173,12 +174,13 @@ class TemporalBlock(TransformerBlock):
 class SpatioTemporalTransformer(nn.Module):
     """A spatial block, then a temporal one on its output, blended (sgm's SpatialVideoTransformer)."""
 
-    def __init__(self, channels: int, context_dim: int, head_dim: int):
+    def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+        sizes = channels, config.context_dim, config.num_head_channels
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, head_dim)])
-        self.temporal_transformer_blocks = nn.ModuleList([TemporalBlock(channels, context_dim, head_dim)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(*sizes)])
+        self.temporal_transformer_blocks = nn.ModuleList([TemporalBlock(*sizes)])
         self.time_pos_embed = TimestepEmbedding(channels, 4 * channels, channels)
         self.time_mixer = Blend(weighs_temporal=False)
         self.proj_out = nn.Linear(channels, channels)

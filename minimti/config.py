@@ -18,6 +18,7 @@ class UNetConfig:
     num_head_channels: int
     context_dim: int  # d, the width of a token
     adm_in_channels: int  # three sinusoids side by side: fps id, motion bucket, noise augmentation
+    norm_groups: int = 32  # a constant of the official code
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class VAEConfig:
     num_res_blocks: int
     z_channels: int
     scale_factor: float  # scaled latent = scale_factor * raw latent
+    norm_groups: int = 32
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,10 @@ _TINY = replace(
         num_head_channels=32,
         context_dim=64,
         adm_in_channels=96,
+        norm_groups=8,
     ),
     # Twice SVD's 4 latent channels: with 4 on 8x8 cells the way a sprite faces blurs.
-    vae=VAEConfig(ch=64, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=8, scale_factor=0.18215),
+    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=0.18215, norm_groups=8),
     clip=CLIPConfig(image_size=64, patch_size=8, width=128, layers=4, head_width=32, embed_dim=64),
 )
 

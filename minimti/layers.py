@@ -6,13 +6,14 @@ it back, so `num_frames` (F) accompanies it.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_GROUPS = 32
+Norm = Callable[[int], nn.GroupNorm]  # of so many channels
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
@@ -68,13 +69,13 @@ def plus(fresh: Tensor, y: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + embedding))), over space or over time as `conv` chooses."""
 
-    def __init__(self, in_channels: int, out_channels: int, embed_dim: int | None, eps: float, conv: type[nn.Module]):
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int | None, norm: Norm, conv: type[nn.Module]):
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_channels, eps)
+        self.norm1 = norm(in_channels)
         self.conv1 = conv(in_channels, out_channels)
         if embed_dim is not None:
             self.time_emb_proj = nn.Linear(embed_dim, out_channels)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels, eps)
+        self.norm2 = norm(out_channels)
         self.conv2 = conv(out_channels, out_channels)
         self.conv_shortcut = nn.Identity()
         if in_channels != out_channels:
@@ -124,13 +125,13 @@ class VideoResBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         embed_dim: int | None,
-        spatial_eps: float,
-        temporal_eps: float,
+        spatial_norm: Norm,
+        temporal_norm: Norm,
         weighs_temporal: bool,
     ):
         super().__init__()
-        self.spatial_res_block = ResBlock(in_channels, out_channels, embed_dim, spatial_eps, conv3x3)
-        self.temporal_res_block = ResBlock(out_channels, out_channels, embed_dim, temporal_eps, ConvOverTime)
+        self.spatial_res_block = ResBlock(in_channels, out_channels, embed_dim, spatial_norm, conv3x3)
+        self.temporal_res_block = ResBlock(out_channels, out_channels, embed_dim, temporal_norm, ConvOverTime)
         self.time_mixer = Blend(weighs_temporal)
 
     def forward(self, x: Tensor, embedding: Tensor | None, num_frames: int) -> Tensor:

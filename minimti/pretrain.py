@@ -22,7 +22,6 @@ from tqdm import tqdm
 from minimti import __version__, cli, video, weights, words
 from minimti.config import MODELS, SVDConfig, to_json
 from minimti.files import InputError, check_writable, existing, make_folder, whole_file
-from minimti.layers import NORM_GROUPS
 from minimti.layouts import official_source
 from minimti.stages import (
     CHUNK,
@@ -84,8 +83,9 @@ def check_sizes(config: SVDConfig) -> None:
             f"channels of {', '.join(map(str, widths))} do not divide into heads of {unet.num_head_channels}",
         ),
         (
-            unet.model_channels % NORM_GROUPS or vae.ch % NORM_GROUPS,
-            f"channels of {unet.model_channels} and {vae.ch} do not divide into {NORM_GROUPS} groups",
+            unet.model_channels % unet.norm_groups or vae.ch % vae.norm_groups,
+            f"channels of {unet.model_channels} and {vae.ch} do not divide into {unet.norm_groups} and"
+            f" {vae.norm_groups} groups",
         ),
         (
             tower.image_size % tower.patch_size,

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from minimti import clip, edm
 from minimti.attention import SpatioTemporalTransformer
 from minimti.config import SVDConfig
-from minimti.layers import Blend, ResBlock, VideoResBlock, silu
+from minimti.layers import Blend, ResBlock, silu
 from minimti.svd import SVD, Conditioning
 from minimti.vae import VAE, Decoder
+from minimti.weights import layout
 from minimti.words import NUM_SLOTS, Words, word_ids
 from minimti.world import SCALES, SHAPES, SPEED, Scene, flip, habit, random_scene, render, trajectory
 
 KL = 1e-4
+LOG_VARIANCE = -6.0  # of latents, at first
 POSED = 0.5  # share of the image tower's pictures whose sprite stands anywhere, as it may in the middle of a clip
 PAIRS, CAMERAS = 0.1, 0.25  # share of the captioned clips with two sprites, and with the camera's words
 
@@ -43,16 +45,26 @@ class Trainee(nn.Module):
         self.words = Words(dim)
         self.heads = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, len(SHAPES) + NUM_FACTS))
         initialise(self.svd)
+        for p in self.svd.parameters():
+            p.data = p.data.contiguous(memory_format=layout(p))
 
 
 def initialise(svd: SVD) -> None:
-    """Beyond PyTorch's own: branches start silent, as in the official code, and layers over time as identities."""
+    """Beyond PyTorch's own: branches start silent, as in the official code, and layers over time as identities.
+
+    The autoencoder's layers keep the size of what they are given, and its latents start with little noise: else what
+    the decoder sees of a picture at first is drowned by constants and noise, and it stays grey for long.
+    """
+    for module in svd.vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+    nn.init.constant_(svd.vae.quant_conv.bias[svd.config.vae.z_channels :], LOG_VARIANCE)
     for module in svd.modules():
         if isinstance(module, Blend):
             nn.init.zeros_(module.mix_factor)
-    silent = [module.conv2 for module in svd.unet.modules() if isinstance(module, ResBlock)]
+    silent = [module.conv2 for module in svd.modules() if isinstance(module, ResBlock)]
     silent += [module.proj_out for module in svd.unet.modules() if isinstance(module, SpatioTemporalTransformer)]
-    silent += [m.temporal_res_block.conv2 for m in svd.vae.decoder.modules() if isinstance(m, VideoResBlock)]
     for layer in (*silent, svd.unet.conv_out):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -152,11 +164,11 @@ def posterior(vae: VAE, frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frames_loss(model: Trainee, libraries: dict[str, Library], rng: np.random.Generator, batch: int) -> Tensor:
-    """Autoencoding single frames, four of each clip, spread over it."""
+    """Autoencoding single frames, two of each clip."""
     vae, frames = model.svd.vae, []
-    for _ in range(batch // 4):
+    for _ in range(batch // 2):
         scene = captioned_scene(rng, model.config)
-        frames.append(render(scene)[rng.choice(scene.num_frames, 4, replace=False)])
+        frames.append(render(scene)[rng.choice(scene.num_frames, 2, replace=False)])
     frames = pixels(np.concatenate(frames))
     mean, log_variance = posterior(vae, frames)
     z = mean + (log_variance / 2).exp() * gaussian(rng, mean.shape)
@@ -301,7 +313,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("frames", "autoencoder, on frames", frames_loss, 6000, 16, ("svd.vae",)),
+    Stage("frames", "autoencoder, on frames", frames_loss, 4500, 8, ("svd.vae",)),
     Stage("clips", "its decoder, on clips", clips_loss, 1500, 2, ("svd.vae.decoder",)),
     Stage("tower", "image tower", tower_loss, 8000, 64, ("svd.clip", "heads")),
     Stage("captions", "text to video", captions_loss, 10000, 8, ("svd.unet", "words"), ("captions",)),

@@ -1,17 +1,22 @@
 """The spatiotemporal UNet of Stable Video Diffusion (sgm's VideoUNet), with a set of tokens for every frame."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minimti.attention import Context, SpatioTemporalTransformer
 from minimti.config import UNetConfig
-from minimti.layers import NORM_GROUPS, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, silu, sinusoid
+from minimti.layers import Norm, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, silu, sinusoid
 from minimti.memory import Frugal
 
 # The official code has 1e-5 in every res block; diffusers differs in 72 places, by 1.6e-5 of the output.
 EPS = 1e-5
+
+
+def group_norm(config: UNetConfig) -> Norm:
+    return partial(nn.GroupNorm, config.norm_groups, eps=EPS)
 
 
 class Downsample(nn.Module):
@@ -28,13 +33,13 @@ class Block(Frugal):
 
     def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], num_attentions: int):
         super().__init__()
+        norm = group_norm(config)
         self.resnets = nn.ModuleList(
-            VideoResBlock(c_in, c_out, 4 * config.model_channels, EPS, EPS, weighs_temporal=False)
+            VideoResBlock(c_in, c_out, 4 * config.model_channels, norm, norm, weighs_temporal=False)
             for c_in, c_out in widths
         )
         self.attentions = nn.ModuleList(
-            SpatioTemporalTransformer(c_out, config.context_dim, config.num_head_channels)
-            for _, c_out in widths[:num_attentions]
+            SpatioTemporalTransformer(c_out, config) for _, c_out in widths[:num_attentions]
         )
 
 
@@ -118,7 +123,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(config, c_in, taken, widths[level], attends[level], upsamples=level > 0))
             c_in = widths[level]
 
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, EPS)
+        self.conv_norm_out = group_norm(config)(c)
         self.conv_out = conv3x3(c, config.out_channels)
 
     def absorb(self, spatial: Tensor, temporal: Tensor) -> list[Context]:

@@ -4,23 +4,29 @@ Domains: pixels are [-1,1]. A raw latent is the mode of the encoder's posterior;
 The UNet denoises scaled latents and is conditioned on a raw one.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.config import VAEConfig
-from minimti.layers import NORM_GROUPS, ConvOverTime, ResBlock, Upsample, VideoResBlock, clips_of, conv3x3, frames_of
+from minimti.layers import ConvOverTime, Norm, ResBlock, Upsample, VideoResBlock, clips_of, conv3x3, frames_of
 
 EPS = 1e-6
 TEMPORAL_EPS = 1e-5  # of the decoder's res blocks over time; they also blend the other way round (layers.Blend)
 
 
+def group_norm(config: VAEConfig, eps: float = EPS) -> Norm:
+    return partial(nn.GroupNorm, config.norm_groups, eps=eps)
+
+
 class Attention(nn.Module):
     """Single-head self-attention among the positions of an image."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: Norm):
         super().__init__()
-        self.group_norm = nn.GroupNorm(NORM_GROUPS, channels, EPS)
+        self.group_norm = norm(channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -42,10 +48,11 @@ class Downsample(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    def __init__(self, num_res_blocks: int, c_in: int, c_out: int, downsamples: bool):
+    def __init__(self, config: VAEConfig, c_in: int, c_out: int, downsamples: bool):
         super().__init__()
+        norm = group_norm(config)
         self.resnets = nn.ModuleList(
-            ResBlock(c_in if i == 0 else c_out, c_out, None, EPS, conv3x3) for i in range(num_res_blocks)
+            ResBlock(c_in if i == 0 else c_out, c_out, None, norm, conv3x3) for i in range(config.num_res_blocks)
         )
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsamples else [])
 
@@ -58,10 +65,11 @@ class EncoderBlock(nn.Module):
 
 
 class EncoderMidBlock(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, None, EPS, conv3x3) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels)])
+        norm = group_norm(config)
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, None, norm, conv3x3) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, norm)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, None)), None)
@@ -73,11 +81,11 @@ class Encoder(nn.Module):
         widths = [config.ch * mult for mult in config.ch_mult]
         self.conv_in = conv3x3(3, config.ch)
         self.down_blocks = nn.ModuleList(
-            EncoderBlock(config.num_res_blocks, c_in, c_out, downsamples=level < len(widths) - 1)
+            EncoderBlock(config, c_in, c_out, downsamples=level < len(widths) - 1)
             for level, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths))
         )
-        self.mid_block = EncoderMidBlock(widths[-1])
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, widths[-1], EPS)
+        self.mid_block = EncoderMidBlock(config, widths[-1])
+        self.conv_norm_out = group_norm(config)(widths[-1])
         self.conv_out = conv3x3(widths[-1], 2 * config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,15 +97,15 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def _video_res_block(c_in: int, c_out: int) -> VideoResBlock:
-    return VideoResBlock(c_in, c_out, None, EPS, TEMPORAL_EPS, weighs_temporal=True)
+def _video_res_block(config: VAEConfig, c_in: int, c_out: int) -> VideoResBlock:
+    return VideoResBlock(c_in, c_out, None, group_norm(config), group_norm(config, TEMPORAL_EPS), weighs_temporal=True)
 
 
 class DecoderBlock(nn.Module):
-    def __init__(self, num_res_blocks: int, c_in: int, c_out: int, upsamples: bool):
+    def __init__(self, config: VAEConfig, c_in: int, c_out: int, upsamples: bool):
         super().__init__()
         self.resnets = nn.ModuleList(
-            _video_res_block(c_in if i == 0 else c_out, c_out) for i in range(num_res_blocks + 1)
+            _video_res_block(config, c_in if i == 0 else c_out, c_out) for i in range(config.num_res_blocks + 1)
         )
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsamples else [])
 
@@ -110,10 +118,10 @@ class DecoderBlock(nn.Module):
 
 
 class DecoderMidBlock(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
-        self.resnets = nn.ModuleList(_video_res_block(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels)])
+        self.resnets = nn.ModuleList(_video_res_block(config, channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, group_norm(config))])
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, None, num_frames)), None, num_frames)
@@ -124,12 +132,12 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * mult for mult in reversed(config.ch_mult)]  # coarsest first
         self.conv_in = conv3x3(config.z_channels, widths[0])
-        self.mid_block = DecoderMidBlock(widths[0])
+        self.mid_block = DecoderMidBlock(config, widths[0])
         self.up_blocks = nn.ModuleList(
-            DecoderBlock(config.num_res_blocks, c_in, c_out, upsamples=level < len(widths) - 1)
+            DecoderBlock(config, c_in, c_out, upsamples=level < len(widths) - 1)
             for level, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths))
         )
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, config.ch, EPS)
+        self.conv_norm_out = group_norm(config)(config.ch)
         self.conv_out = conv3x3(config.ch, 3)
         self.time_conv_out = ConvOverTime(3, 3)
 

@@ -6,6 +6,8 @@ the first underscore; sizes, batch, F and N come from the file. Expected agreeme
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -58,26 +60,36 @@ def svd_config(sizes: dict, latent_channels: int) -> SVDConfig:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", files("unet"))
-def test_unet(path):
+def check_unet(path: Path, dtype: torch.dtype, expected: str, tolerance: float) -> None:
     sizes, golden = read(path)
     config = svd_config(sizes, golden["output"].shape[2])
     with torch.device("meta"):
         unet = UNet(config.unet)
     fill_by_name(unet, config, "unet.")
+    unet.to(dtype)
     names = ("sample", "c_noise", "micro_conditioning", "context_spatial", "context_temporal")
-    inputs = [golden[name] for name in names]
+    x, c_noise, micro, spatial, temporal = (golden[name].to(dtype) for name in names)
+    output = unet(x, c_noise, micro, unet.absorb(spatial, temporal))
+    agree(f"{path.stem} {dtype}", output, golden[expected], tolerance)
 
-    def run(x: Tensor, c_noise: Tensor, micro: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        return unet(x, c_noise, micro, unet.absorb(spatial, temporal))
 
+@pytest.mark.parametrize("path", files("unet"))
+def test_unet(path):
+    sizes, golden = read(path)
     vector = sinusoid(golden["micro_conditioning"], sizes["adm_in_channels"] // 3).flatten(1)
-    agree(f"{path.stem} sinusoids fp32", vector, golden["vector"], FP32)
-    agree(f"{path.stem} fp32", run(*inputs), golden["output"], FP32)
-    if "output_f64" in golden:
-        unet.double()
-        output = run(*(x.double() for x in inputs))
-        agree(f"{path.stem} float64", output, golden["output_f64"], FP64)
+    agree(f"{path.stem} sinusoids", vector, golden["vector"], FP32)
+    check_unet(path, torch.float32, "output", FP32)
+
+
+@pytest.mark.parametrize("path", files("unet"))
+def test_unet_in_float64(path):
+    """In a process of its own. The sinusoids stay in fp32, and MKL, which PyTorch asks for exp, rounds that otherwise
+    on some processors: 2e-9 of the output. In its compatible mode it rounds as where the files were made."""
+    if "output_f64" in read(path)[1]:
+        command = [sys.executable, __file__, str(path)]
+        ran = subprocess.run(command, env=os.environ | {"MKL_CBWR": "COMPATIBLE"}, capture_output=True, text=True)
+        print(ran.stdout, end="")
+        assert ran.returncode == 0, ran.stderr
 
 
 @torch.no_grad()
@@ -138,3 +150,7 @@ def test_every_kind_has_a_file():
     """A misspelt folder must not pass for agreement."""
     kinds = {path.stem.split("_")[0] for path in FOLDER.glob("*.safetensors")}
     assert kinds and kinds <= {"unet", "vae", "clip", "sampler"}
+
+
+if __name__ == "__main__":
+    check_unet(Path(sys.argv[1]), torch.float64, "output_f64", FP64)
