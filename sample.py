@@ -21,7 +21,7 @@ def parse():
     add("images", nargs="*", metavar="IMAGE", help="what shall move; one video each")
     add("--emb", metavar="FILE", help="the embedding that train.py wrote")
     add("--out", default=".", metavar="PATH", help="an .mp4 file for a single video, or a folder (default: this one)")
-    cli.add_shared_arguments(parser, default_model="the embedding's, or svd", default_size="likewise")
+    cli.add_shared_arguments(parser, default_model="the embedding's, else ", default_size="likewise")
     add("--steps", type=cli.integer(1, 10**4), help="of the solver (default: the model's, 25 for svd)")
     solvers = "heun evaluates the network twice a step, the others once (default: %(default)s)"
     add("--solver", choices=edm.SOLVERS, default="euler", help=solvers)
@@ -62,8 +62,8 @@ def main() -> None:
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
     if learned and args.model is None and learned.model not in MODELS:
         raise InputError(f"{args.emb}: made with a model called {learned.model!r}; pass its file or folder as --model")
-    model = args.model if args.model is not None else learned.model if learned else "svd"
-    checkpoint = weights.find(model)
+    model = args.model if args.model is not None else learned.model if learned else "auto"
+    checkpoint = cli.find_model(model, device)
     config = checkpoint.config
     if learned:
         learned.check_fits(config)

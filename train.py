@@ -18,8 +18,8 @@ def parse():
     add = parser.add_argument
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
-    cli.add_shared_arguments(parser, default_model="svd", default_size="the model's, 1024x576 for svd")
-    add("--steps", type=cli.integer(0, 10**6), default=1000, help="optimisation steps (default: %(default)s)")
+    cli.add_shared_arguments(parser, default_model="", default_size="the model's, 1024x576 for svd")
+    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 1000 for svd)")
     add("--lr", type=cli.number(0, 100), default=1e-2, help="Adam's learning rate (default: %(default)s)")
     add("--tokens", type=cli.integer(1, 1000), default=5, metavar="N", help="tokens per set (default: %(default)s)")
     add("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
@@ -42,10 +42,11 @@ def main() -> None:
     existing(args.video)
     check_writable(args.out, args.video, args.model or "")
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    checkpoint = weights.find("svd" if args.model is None else args.model)
+    checkpoint = cli.find_model("auto" if args.model is None else args.model, device)
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
+    steps = config.num_iterations if args.steps is None else args.steps
     frames = video.read_clip(args.video, num_frames, args.start, args.stride)
     print(
         f"reference  {args.video}: {num_frames} frames from {args.start:g} s, stride {args.stride},"
@@ -65,7 +66,7 @@ def main() -> None:
 
     views = fresh = partial(view, svd, clip, learned, not args.no_flip)
     if args.cache:
-        cached = [fresh(k) for k in tqdm(range(min(args.cache, args.steps)), desc="encoding")]
+        cached = [fresh(k) for k in tqdm(range(min(args.cache, steps)), desc="encoding")]
         del svd.vae
 
         def views(step: int) -> View:
@@ -75,16 +76,16 @@ def main() -> None:
     cli.compile_if_asked(svd.unet, args.compile, device)
     p_mean = config.p_mean if args.p_mean is None else args.p_mean
     p_std = config.p_std if args.p_std is None else args.p_std
-    losses = invert(svd, views, learned, steps=args.steps, lr=args.lr, p_mean=p_mean, p_std=p_std)
+    losses = invert(svd, views, learned, steps=steps, lr=args.lr, p_mean=p_mean, p_std=p_std)
     recent = deque(maxlen=50)
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     try:
-        with tqdm(losses, total=args.steps, desc="inversion", bar_format=layout) as progress:
+        with tqdm(losses, total=steps, desc="inversion", bar_format=layout) as progress:
             for loss in progress:
                 recent.append(loss)
                 progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
     finally:  # an interrupt at step 900 keeps the 900
-        if learned.steps == args.steps or (learned.steps > 0 and learned.tokens.isfinite().all()):
+        if learned.steps == steps or (learned.steps > 0 and learned.tokens.isfinite().all()):
             motion.save(learned, args.out)
             shape = "x".join(map(str, learned.tokens.shape))
             print(f"embedding  {args.out}: {shape} tokens after {learned.steps} steps")

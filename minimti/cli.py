@@ -10,8 +10,10 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from minimti import weights
 from minimti.config import MODELS, SVDConfig
 from minimti.files import InputError
+from minimti.weights import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,8 +53,9 @@ def size(text: str) -> tuple[int, int]:
 
 def add_shared_arguments(parser: argparse.ArgumentParser, default_model: str, default_size: str) -> None:
     add = parser.add_argument
-    models = f"{', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
-    add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
+    auto = "auto (svd where it is here or there is a GPU, else tiny)"
+    models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
+    add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model}auto)")
     add("--size", type=size, metavar="WxH", help=f"multiples of 64 pixels; cropped to (default: {default_size})")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
     add("--device", default=default_device(), help="cuda, mps, cpu, ... (default here: %(default)s)")
@@ -74,6 +77,14 @@ def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torc
         raise InputError(f"--device {device}: not available here; cpu always is") from error
     chosen = torch.device(device)
     return chosen, DTYPES[dtype or ("bfloat16" if chosen.type == "cuda" else "float32")]
+
+
+def find_model(model: str, device: torch.device) -> Checkpoint:
+    """The checkpoint that `--model` names. Raises InputError as `weights.find` does."""
+    checkpoint = weights.find(weights.automatic(device) if model == "auto" else model)
+    if checkpoint.config.name == "tiny":
+        print("note       tiny knows drawn sprites like those of examples/; for photographs and films: --model svd")
+    return checkpoint
 
 
 def bf16_speedup() -> float:

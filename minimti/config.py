@@ -65,6 +65,7 @@ class SVDConfig:
     rho: float  # curvature of the Karras schedule
     p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
     p_std: float
+    num_iterations: int  # of an inversion, paper B.2
     micro: MicroConditioning
     unet: UNetConfig
     vae: VAEConfig
@@ -117,6 +118,7 @@ _SVD = SVDConfig(
     rho=7.0,
     p_mean=2.8,
     p_std=1.6,
+    num_iterations=1000,
     micro=MicroConditioning(fps_id=6, motion_bucket_id=127, cond_aug=0.02),
     unet=UNetConfig(
         in_channels=8,
@@ -142,9 +144,10 @@ _TINY = replace(
     sigma_max=100.0,
     p_mean=0.4,
     p_std=1.4,
+    num_iterations=300,
     unet=UNetConfig(
-        in_channels=16,
-        out_channels=8,
+        in_channels=32,
+        out_channels=16,
         model_channels=64,
         channel_mult=(1, 2),
         num_res_blocks=1,
@@ -154,8 +157,8 @@ _TINY = replace(
         adm_in_channels=96,
         norm_groups=8,
     ),
-    # Twice SVD's 4 latent channels: with 4 on 8x8 cells the way a sprite faces blurs.
-    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=0.18215, norm_groups=8),
+    # Four times SVD's latent channels: with few of them on 8x8 cells the way a sprite faces blurs.
+    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=16, scale_factor=0.18215, norm_groups=8),
     clip=CLIPConfig(image_size=64, patch_size=8, width=128, layers=4, head_width=32, embed_dim=64),
 )
 

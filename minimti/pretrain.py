@@ -2,19 +2,21 @@
 
 It goes through the stages in which SVD was made (stages.py). Whenever it is stopped, the same command goes on where it
 was: what a step sees depends on seed, stage and step alone, so the result is that of a run never stopped, to the last
-bit where PyTorch has as many threads.
+bit where PyTorch has as many threads. With --stages a run trains a finished model further, in some stages only.
 """
 
+import json
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,6 +39,9 @@ from minimti.stages import (
     pixels,
 )
 from minimti.world import MIN_SIDE, render
+
+NAMES = [stage.name for stage in STAGES]
+STATE = ("stage", "step", "history", "ema", "optimiser")
 
 LR = 1e-3
 WARM_UP = 100  # steps
@@ -134,11 +139,13 @@ class Run:
     scale: float
     model: Trainee
     dtype: torch.dtype
+    stages: tuple[Stage, ...]  # to go through
     stage: int = 0
     step: int = 0
+    history: list[dict] = field(default_factory=list)  # rows of the card from the runs before
     ema: dict[str, Tensor] = field(default_factory=dict)
     optimiser: dict = field(default_factory=dict)
-    records: list[Record] = field(default_factory=lambda: [Record() for _ in STAGES])
+    records: list[Record] = field(default_factory=list)  # of the stages so far
     encoding: dict[str, float] = field(default_factory=dict)  # seconds by library, of those in use
 
     @property
@@ -147,7 +154,14 @@ class Run:
 
     @property
     def identity(self) -> dict:
-        return {"config": to_json(self.config), "seed": self.seed, "scale": self.scale}
+        names = " ".join(stage.name for stage in self.stages)
+        return {"config": to_json(self.config), "seed": self.seed, "scale": self.scale, "stages": names}
+
+    @property
+    def options(self) -> str:
+        """What of the command line makes the run what it is."""
+        every = len(self.stages) == len(STAGES)
+        return f"--seed {self.seed} --scale {self.scale:g}" + ("" if every else f" --stages {self.identity['stages']}")
 
     def steps(self, stage: Stage) -> int:
         return max(2, round(self.scale * stage.steps))
@@ -158,22 +172,28 @@ class Run:
     def learning(self) -> dict[str, nn.Parameter]:
         """The parameters of the current stage, by name; all others are frozen."""
         self.model.requires_grad_(False)
-        for name in STAGES[self.stage].learns:
+        for name in self.stages[self.stage].learns:
             self.model.get_submodule(name).requires_grad_(True)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self) -> None:
-        state = {key: getattr(self, key) for key in ("stage", "step", "ema", "optimiser")}
+        state = {key: getattr(self, key) for key in STATE}
         records = [asdict(record) for record in self.records]
         with whole_file(self.path) as part:
             torch.save({**self.identity, **state, "records": records, "model": self.model.state_dict()}, part)
 
 
-def begin(config: SVDConfig, folder: Path, seed: int, scale: float) -> Run:
-    """The run in a folder, as it was saved, or a new one. Raises InputError where another run lives there."""
+def begin(config: SVDConfig, folder: Path, out: Path, seed: int, scale: float, names: Sequence[str]) -> Run:
+    """The run in a folder, as it was saved, or a new one, on the model in `out` unless the first stage is among its.
+
+    Raises InputError where another run lives there, or no model of such sizes in `out`.
+    """
     torch.manual_seed(seed)
-    run = Run(config, folder, seed, scale, Trainee(config), faster_dtype())
+    stages = tuple(stage for stage in STAGES if stage.name in names)
+    run = Run(config, folder, seed, scale, Trainee(config), faster_dtype(), stages)
     if not run.path.exists():
+        if stages[0] != STAGES[0]:
+            take_up(run, out)
         return run
     try:
         saved = torch.load(existing(run.path), map_location="cpu", weights_only=True)
@@ -181,16 +201,27 @@ def begin(config: SVDConfig, folder: Path, seed: int, scale: float) -> Run:
         if theirs == run.identity:
             run.model.load_state_dict(saved["model"])
             run.records = [Record(**record) for record in saved["records"]]
-            for key in ("stage", "step", "ema", "optimiser"):
+            for key in STATE:
                 setattr(run, key, saved[key])
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
     if theirs != run.identity:
         raise InputError(
-            f"{folder}: holds a run of --seed {theirs['seed']} --scale {theirs['scale']:g} or of other sizes;"
-            " name another --run"
+            f"{folder}: holds a run of --seed {theirs['seed']} --scale {theirs['scale']:g}"
+            f" --stages {theirs['stages']}, or of other sizes; name another --run"
         )
     return run
+
+
+def take_up(run: Run, out: Path) -> None:
+    """Fills a run with the model that another one left in `out`."""
+    checkpoint = weights.find(str(out / f"{run.config.name}.safetensors"))
+    if checkpoint.config != run.config:
+        raise InputError(f"{checkpoint.path}: of other sizes; train it from its first stage")
+    run.model.svd.load_state_dict(weights.load(checkpoint, torch.device("cpu"), torch.float32).state_dict())
+    run.model.words.load_state_dict(words.load(out / "words.safetensors").state_dict())
+    with safe_open(checkpoint.path, framework="pt") as file:
+        run.history = json.loads(file.metadata()["stages"])
 
 
 @contextmanager
@@ -213,10 +244,10 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """LR after a warm-up, falling linearly over the second half."""
+def learning_rate(step: int, steps: int, settles: bool) -> float:
+    """LR after a warm-up; falling linearly over the second half where the stage settles."""
     warm_up = min(WARM_UP, steps // 4 + 1)
-    return LR * min(1, (step + 1) / warm_up, 2 * (1 - step / steps))
+    return LR * min(1, (step + 1) / warm_up, 2 * (1 - step / steps) if settles else 1)
 
 
 def library(run: Run, kind: str, check: Callable[[], None]) -> Library:
@@ -244,8 +275,11 @@ def train(run: Run, check: Callable[[], None]) -> None:
 
     Raises FloatingPointError where the loss is not finite.
     """
-    stage, record = STAGES[run.stage], run.records[run.stage]
-    steps, learning = run.steps(stage), run.learning()
+    stage = run.stages[run.stage]
+    if len(run.records) == run.stage:
+        run.records.append(Record())
+    record = run.records[run.stage]
+    number, steps, learning = NAMES.index(stage.name), run.steps(stage), run.learning()
     if (place := hardware(run.dtype)) not in record.hardware:
         record.hardware.append(place)
     libraries = {kind: library(run, kind, check) for kind in stage.needs}
@@ -265,14 +299,14 @@ def train(run: Run, check: Callable[[], None]) -> None:
         while run.step < steps:
             check()
             with run.autocast():
-                loss = stage.loss(run.model, libraries, generator(run.seed, run.stage, run.step), stage.batch)
+                loss = stage.loss(run.model, libraries, generator(run.seed, number, run.step), stage.batch)
             if not loss.isfinite():
                 raise FloatingPointError(f"stage {stage.name}: the loss of step {run.step + 1} is not finite")
             adam.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learning.values(), CLIP_NORM)
             for group in adam.param_groups:
-                group["lr"] = learning_rate(run.step, steps)
+                group["lr"] = learning_rate(run.step, steps, stage.settles)
             adam.step()
             with torch.no_grad():
                 decay = min(EMA, (1 + run.step) / (10 + run.step))
@@ -307,7 +341,7 @@ def held_out(run: Run, kind: str, count: int) -> list:
 @torch.no_grad()
 def finish_autoencoder(run: Run) -> None:
     """Measures the reconstruction of held-out clips, and shows some."""
-    svd, name = run.model.svd, STAGES[run.stage].name
+    svd, name = run.model.svd, run.stages[run.stage].name
     clips = torch.stack([pixels(render(scene)) for scene in held_out(run, "captions", MEASURED + NORMALISED)])
     if name == "frames":
         with run.autocast():
@@ -323,7 +357,7 @@ def finish_autoencoder(run: Run) -> None:
 @torch.no_grad()
 def show_samples(run: Run) -> None:
     """Held-out clips, each above what the model makes of its first frame and its caption or habit."""
-    svd, config, name = run.model.svd, run.config, STAGES[run.stage].name
+    svd, config, name = run.model.svd, run.config, run.stages[run.stage].name
     scenes = held_out(run, "habits" if name == "images" else "captions", SHOWN)
     clips = torch.stack([pixels(render(scene)) for scene in scenes])
     noise = torch.Generator().manual_seed(run.seed)
@@ -348,27 +382,39 @@ def write_model(run: Run, out: Path) -> None:
         (name,) = source.names
         tensors[name] = values[key].reshape(source.shape).half().contiguous()
     with whole_file(out / f"{run.config.name}.safetensors") as part:
-        save_file(tensors, part, {"config": to_json(run.config)})
+        save_file(tensors, part, {"config": to_json(run.config), "stages": json.dumps(rows(run))})
     words.save(run.model.words, out / "words.safetensors")
     with whole_file(out / "README.md") as part:
         part.write_text(card(run))
 
 
-def card(run: Run) -> str:
-    svd = run.model.svd
-    millions = {part: sum(p.numel() for p in getattr(svd, part).parameters()) / 1e6 for part in ("unet", "vae", "clip")}
-    total = sum(record.seconds for record in run.records) + sum(run.encoding.values())
-    rows, places = [], []
-    for stage, record in zip(STAGES, run.records):
-        last = record.losses[-max(1, len(record.losses) // 20) :]
-        first = record.losses[: len(last)]
-        psnr = "" if record.psnr is None else f"{record.psnr:.1f} dB"
-        loss = f"{np.mean(first):.4f} to {np.mean(last):.4f}" if last else ""
-        rows.append(
-            f"| {stage.name} | {stage.teaches} | {len(record.losses)} of {run.steps(stage)} | {stage.batch} "
-            f"| {record.seconds / 60:.1f} | {loss} | {psnr} |"
+def rows(run: Run) -> list[dict]:
+    """What the card says of every stage done so far, in this run and in those it took up."""
+    done, encoding = [], dict(run.encoding)
+    for stage, record in zip(run.stages, run.records):
+        share = max(1, len(record.losses) // 20)
+        seconds = record.seconds + sum(encoding.pop(kind, 0.0) for kind in stage.needs)
+        first, last = np.mean(record.losses[:share]), np.mean(record.losses[-share:])
+        done.append(
+            {
+                "command": f"python -m minimti.pretrain {run.options}",
+                "stage": f"{stage.name}: {stage.teaches}",
+                "steps": len(record.losses),
+                "batch": stage.batch,
+                "minutes": round(seconds / 60, 1),
+                "loss": f"{first:.4f} to {last:.4f}",
+                "held-out PSNR": "" if record.psnr is None else f"{record.psnr:.1f} dB",
+                "on": "; ".join(record.hardware),
+            }
         )
-        places += [place for place in record.hardware if place not in places]
+    return run.history + done
+
+
+def card(run: Run) -> str:
+    svd, table = run.model.svd, rows(run)
+    commands = dict.fromkeys(f"`{row['command']}`" for row in table)
+    millions = {part: sum(p.numel() for p in getattr(svd, part).parameters()) / 1e6 for part in ("unet", "vae", "clip")}
+    shown = [key for key in table[0] if key != "command"]
     width, height = run.config.size
     return "\n".join(
         [
@@ -377,11 +423,8 @@ def card(run: Run) -> str:
             "Stable Video Diffusion's networks at small sizes, pre-trained from nothing on the procedural world"
             " (`minimti/world.py`). It knows ten sprites and twelve words, and no photograph.",
             "",
-            f"- made with: `python -m minimti.pretrain --seed {run.seed} --scale {run.scale:g}`"
-            f" (minimti {__version__}, PyTorch {torch.__version__})",
-            f"- on: {'; '.join(places)}",
-            f"- time: {total / 3600:.2f} hours; {sum(run.encoding.values()) / 60:.1f} minutes of them went into"
-            " encoding clips ahead, each to be used several times",
+            f"- made with: {', then '.join(commands)} (minimti {__version__}, PyTorch {torch.__version__})",
+            f"- time: {sum(row['minutes'] for row in table) / 60:.2f} hours, encoding clips ahead included",
             f"- clips: {run.config.num_frames} frames of {width}x{height}; latents of {run.config.vae.z_channels}"
             " channels, SVD's have 4: with 4 the way a sprite faces blurs",
             f"- parameters: UNet {millions['unet']:.2f} M, autoencoder {millions['vae']:.2f} M, image tower"
@@ -389,9 +432,11 @@ def card(run: Run) -> str:
             "- files: the model in the layout of Stability's `svd.safetensors`, and `words.safetensors`, the table of"
             " words that captions are made of",
             "",
-            "| stage | what | steps | batch | minutes | loss, first to last 5 % | held-out PSNR |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
+            "Losses are means over the first and the last twentieth of the steps.",
+            "",
+            f"| {' | '.join(shown)} |",
+            f"|{'---|' * len(shown)}",
+            *(f"| {' | '.join(str(row[key]) for key in shown)} |" for row in table),
             "",
         ]
     )
@@ -405,20 +450,20 @@ FINISH = {
 }
 
 
-def pretrain(config: SVDConfig, folder: Path, out: Path, seed: int, scale: float) -> Run:
-    """All stages that a run in `folder` has not yet done. After each, `out` holds the model as it then is.
+def pretrain(config: SVDConfig, folder: Path, out: Path, seed: int, scale: float, names: Sequence[str] = NAMES) -> Run:
+    """The stages `names` that a run in `folder` has not yet done. After each, `out` holds the model as it then is.
 
-    Raises InputError where the sizes are impossible or the folder holds another run, KeyboardInterrupt when asked to
-    stop, after saving.
+    Raises InputError where the sizes are impossible, the folder holds another run or `out` no model to start on,
+    KeyboardInterrupt when asked to stop, after saving.
     """
     check_sizes(config)
     for place in (folder, out):
         make_folder(place)
         check_writable(place / "checkpoint.pt")
-    run = begin(config, folder, seed, scale)
+    run = begin(config, folder, out, seed, scale, names)
     with deferred_interrupts() as check:
-        while run.stage < len(STAGES):
-            name = STAGES[run.stage].name
+        while run.stage < len(run.stages):
+            name = run.stages[run.stage].name
             train(run, check)
             if name in FINISH:
                 FINISH[name](run)
@@ -438,12 +483,14 @@ def parse():
     add("--out", default=str(weights.WEIGHTS / "tiny"), metavar="FOLDER", help="of the model (default: weights/tiny)")
     add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
     add("--scale", type=cli.number(1e-6, 100), default=1.0, help="multiplies the steps of all stages (default: 1)")
+    stages = f"of {', '.join(NAMES)} (default: all); without the first they go on with the model in --out"
+    add("--stages", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=stages)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale)
+    pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale, args.stages)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,14 @@ def locate(model: str, weights: Path = WEIGHTS) -> tuple[Path, SVDConfig]:
     return path, MODELS["svd-xt" if of_xt else "svd"]
 
 
+def automatic(device: torch.device, weights: Path = WEIGHTS) -> str:
+    """The model of `--model auto`: an official one that lies here, or for whose download a GPU waits; else `tiny`."""
+    for model in REPOSITORIES:
+        if _local(model, weights) or _cached(model):
+            return model
+    return "tiny" if device.type == "cpu" else "svd"
+
+
 def _local(model: str, weights: Path) -> Path | None:
     single, folder = weights / SINGLE_FILES[model], weights / Path(REPOSITORIES[model]).name
     return single if single.is_file() else folder if folder.is_dir() else None

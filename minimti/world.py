@@ -235,7 +235,7 @@ def semantic(path: Trajectory) -> np.ndarray:
 
 
 PERIOD = 3.0  # picture heights after which a background repeats
-NUM_FREQUENCIES = 22
+NUM_FREQUENCIES = 16
 
 
 @lru_cache(maxsize=256)
@@ -245,7 +245,7 @@ def coefficients(seed: int) -> np.ndarray:
     frequency = (np.arange(2 * NUM_FREQUENCIES - 1) + 1) // 2  # 0, then a cosine and a sine of each
     radius = np.hypot(frequency[:, None], frequency[None])
     patches = rng.normal(size=(3, *radius.shape)) * np.exp(-((radius / 3) ** 2))
-    texture = rng.normal(size=radius.shape) * np.exp(-(((radius - 11) / 5) ** 2))
+    texture = rng.normal(size=radius.shape) * np.exp(-(((radius - 7) / 3) ** 2))
     patches[:, 0, 0] = texture[0, 0] = 0
     patches *= 0.13 / np.sqrt((patches**2).sum((1, 2), keepdims=True))
     texture *= 0.08 / np.sqrt((texture**2).sum())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from official import SMALL
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from minimti import bench, cli
 from minimti.config import MODELS
@@ -114,7 +114,14 @@ def test_flops_are_those_of_torch():
     case = bench.Case(bench.train, TOY, torch.float32)
     ours, _ = bench.skeletons(case)
     bench.fill([ours], case, "cpu")
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    attention = {  # of which not every version of PyTorch has the formulas
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         bench.train(ours, *bench.inputs(case, "cpu"))
     assert bench._price(case, ours).tflop * 1e12 == counter.get_total_flops() > 0
 

@@ -107,8 +107,20 @@ def test_the_defaults_of_training_are_the_papers(work, call, monkeypatch):
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--no-flip")[0] == 0
     assert seen["flip"] is False
     monkeypatch.setattr(weights, "find", lambda model: seen.update(model=model) or sys.exit(0))
+    monkeypatch.setattr(weights, "automatic", lambda device: f"what suits {device}")
     for program, args in (("train.py", ["ref.mp4"]), ("sample.py", ["img.png"])):
-        assert call(program, *args)[0] == 0 and seen.pop("model") == "svd"
+        for more in ([], ["--model", "auto"]):
+            assert call(program, *args, *more)[0] == 0 and seen.pop("model") == "what suits cpu"
+
+
+def test_the_embedded_model_says_what_it_knows(work, call):
+    """Any video will do; the sizes and the number of steps are its own."""
+    code, out, error = call("train.py", "ref.mp4", "--model", "tiny", "--steps", "1", "--out", "tiny.pt")
+    assert code == 0, error
+    assert "tiny knows drawn sprites" in out and "--model svd" in out and "fitted to 64x64" in out
+    code, out, error = call("sample.py", "img.png", "--emb", "tiny.pt", "--steps", "1", "--out", "tiny.mp4")
+    assert code == 0, error
+    assert "tiny knows drawn sprites" in out and "14 frames, 64x64" in out
 
 
 def test_tokens_begin_as_the_embeddings_of_the_frames(work, call):

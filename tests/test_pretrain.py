@@ -1,6 +1,7 @@
 """Pre-training: every stage learns, a stopped run is as good as one never stopped, and what it leaves can be used."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_what_is_left_can_be_used(finished):
     assert spatial.shape == (2, 5, 7, 64) and temporal.shape == (2, 7, 64)
     assert torch.equal(spatial[:, 3], temporal)
     card = (folder / "out" / "README.md").read_text()
-    for text in ("python -m minimti.pretrain --seed 0", "hours", "threads", "text to video", " dB"):
+    for text in ("python -m minimti.pretrain --seed 0", "hours", "threads", "captions: text to video", " dB"):
         assert text in card
     for name in ("frames", "clips", "captions", "images"):
         assert (folder / f"{name}.png").is_file()
@@ -116,6 +117,26 @@ def test_a_stopped_run_equals_one_never_stopped(finished, tmp_path, monkeypatch)
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_finished_model_is_trained_further(finished, tmp_path):
+    run, folder = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    further = pretrain.pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["captions", "images"])
+    assert [len(record.losses) for record in further.records] == [2, 2]
+    before, after = (load_file(f / "out" / "tiny.safetensors") for f in (folder, tmp_path))
+    for key in before:
+        learns = key.startswith("model.diffusion_model.")
+        assert torch.equal(before[key], after[key]) or learns, key
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--seed 0 --scale 1e-06`, then `" in card and "--seed 3 --scale 1e-06 --stages captions images`" in card
+    for stage, times in zip(STAGES, (1, 1, 1, 2, 2)):
+        assert card.count(f"| {stage.name}: ") == times
+    with pytest.raises(InputError, match="of other sizes; train it from its first stage"):
+        pretrain.pretrain(TINY, tmp_path / "other", tmp_path / "out", 0, FEW, ["captions"])
+    with pytest.raises(InputError, match="holds a run of --seed 3 --scale 1e-06 --stages captions images"):
+        pretrain.pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["images"])
+
+
 def test_a_folder_belongs_to_one_run(finished, tmp_path):
     _, folder = finished
     with pytest.raises(InputError, match="holds a run of --seed 0 --scale 1e-06"):
@@ -135,7 +156,10 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path):
         (replace(SMALLER, vae=replace(TINY.vae, z_channels=4)), "does not fit latents of 4"),
         (replace(SMALLER, clip=replace(TINY.clip, embed_dim=32)), "embedding has 32 elements, a token 64"),
         (replace(SMALLER, unet=replace(TINY.unet, num_head_channels=48)), "do not divide into heads of 48"),
-        (replace(SMALLER, vae=replace(TINY.vae, ch=48)), "32 and 48 do not divide into 32 groups"),
+        (
+            replace(SMALLER, vae=replace(TINY.vae, ch=48, norm_groups=32)),
+            "32 and 48 do not divide into 8 and 32",
+        ),
         (replace(SMALLER, clip=replace(TINY.clip, image_size=50)), "50 pixels do not divide into patches of 8"),
     ],
 )
@@ -166,15 +190,15 @@ def test_normalised_latents_have_unit_variance_and_decode_as_before():
         mean, log_variance = vae.moments(frames).chunk(2, dim=1)
         after = vae.decoder.conv_in(mean)
     scaled = mean * vae.config.scale_factor
-    assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(8), atol=1e-3)
-    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(8), atol=1e-3)
+    assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(16), atol=1e-3)
+    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(16), atol=1e-3)
     assert torch.allclose(before[..., 1:-1, 1:-1], after[..., 1:-1, 1:-1], atol=1e-4)
 
 
 def test_layers_over_time_start_as_identities():
     torch.manual_seed(0)
     svd = Trainee(SMALLER).svd
-    z = torch.randn(4, 8, 6, 6)
+    z = torch.randn(4, 16, 6, 6)
     with torch.no_grad():
         assert torch.allclose(svd.vae.decoder(z, 4), stages.decode_frames(svd.vae.decoder, z), atol=1e-5)
 

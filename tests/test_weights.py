@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from official import SMALL, tensor_of, write_official
 from safetensors.torch import load_file, save_file
@@ -143,7 +144,11 @@ def test_files_that_are_something_else(small, tmp_path):
         save_file({"x": torch.zeros(1)}, tmp_path / "config.safetensors", {"config": text})
         with pytest.raises(InputError, match="configuration in its metadata cannot be read"):
             weights.find(str(tmp_path / "config.safetensors"))
-    save_file({"x": torch.zeros(1)}, tmp_path / "config.safetensors", {"config": to_json(SMALL).replace("32", "30")})
+    save_file(
+        {"x": torch.zeros(1)},
+        tmp_path / "config.safetensors",
+        {"config": to_json(SMALL).replace('groups": 32', 'groups": 30')},
+    )
     with pytest.raises(InputError, match="describes no network"):
         load(tmp_path / "config.safetensors")
     (tmp_path / "folder").mkdir()
@@ -171,7 +176,7 @@ def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
 def hub(tmp_path, monkeypatch):
     """An empty hub cache, and a record of what is downloaded."""
     cache, downloads = tmp_path / "hub", []
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
     def download(repository, name):
         downloads.append((repository, name))
@@ -228,6 +233,18 @@ def test_the_embedded_model_is_never_downloaded(hub, tmp_path):
     assert hub[1] == []
 
 
+def test_the_automatic_choice(hub, tmp_path):
+    """Official weights that are here, those that a GPU wants, else the embedded ones; and nothing is downloaded yet."""
+    cache, downloads = hub
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert weights.automatic(cpu, tmp_path) == "tiny" and weights.automatic(cuda, tmp_path) == "svd"
+    in_cache(cache, weights.REPOSITORIES["svd-xt"], "svd_xt.safetensors")
+    assert weights.automatic(cpu, tmp_path) == weights.automatic(cuda, tmp_path) == "svd-xt"
+    (tmp_path / "svd.safetensors").touch()
+    assert weights.automatic(cpu, tmp_path) == "svd"
+    assert downloads == []
+
+
 def answer(status: int) -> SimpleNamespace:
     """As much of a response as the library's errors look at; its HTTP client differs between versions."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
@@ -256,7 +273,7 @@ def test_a_refused_download_says_what_to_do(hub, tmp_path, monkeypatch, error, r
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
     """The library's own answer where the network is switched off (conftest.py)."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(InputError, match="the hub gave no files.*put svd.safetensors from there into"):
         weights.locate("svd", tmp_path)
 
