@@ -7,11 +7,29 @@ it back, so `num_frames` (F) accompanies it.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Conv3x3(nn.Conv2d):
+    """With padding. On a CPU, fewer positions than channels become rows of a matrix product: there a convolution would
+    spend most of its time on rearranging the weights, whose layout (weights.py) is already that of a matrix."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        if x.device.type != "cpu" or batch * height * width >= channels:
+            return super().forward(x)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        neighbours = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        rows = torch.cat(neighbours, dim=-1).flatten(0, 2)  # [positions, 9 C]
+        out = F.linear(rows, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return out.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+
 
 Norm = Callable[[int], nn.GroupNorm]  # of so many channels
 
@@ -91,9 +109,6 @@ class ResBlock(nn.Module):
         return plus(h, self.conv_shortcut(x))
 
 
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-
-
 class ConvOverTime(nn.Conv3d):
     """The official (3,1,1) convolution. With the positions in a row it is one in two dimensions, which libraries do
     better, and without a copy where channels lie innermost."""
@@ -130,7 +145,7 @@ class VideoResBlock(nn.Module):
         weighs_temporal: bool,
     ):
         super().__init__()
-        self.spatial_res_block = ResBlock(in_channels, out_channels, embed_dim, spatial_norm, conv3x3)
+        self.spatial_res_block = ResBlock(in_channels, out_channels, embed_dim, spatial_norm, Conv3x3)
         self.temporal_res_block = ResBlock(out_channels, out_channels, embed_dim, temporal_norm, ConvOverTime)
         self.time_mixer = Blend(weighs_temporal)
 
@@ -146,7 +161,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minimti.attention import Context, SpatioTemporalTransformer
 from minimti.config import UNetConfig
-from minimti.layers import Norm, TimestepEmbedding, Upsample, VideoResBlock, conv3x3, silu, sinusoid
+from minimti.layers import Conv3x3, Norm, TimestepEmbedding, Upsample, VideoResBlock, silu, sinusoid
 from minimti.memory import Frugal
 
 # The official code has 1e-5 in every res block; diffusers differs in 72 places, by 1.6e-5 of the output.
@@ -106,7 +106,7 @@ class UNet(nn.Module):
 
         self.time_embedding = TimestepEmbedding(c, 4 * c, 4 * c)
         self.add_embedding = TimestepEmbedding(config.adm_in_channels, 4 * c, 4 * c)
-        self.conv_in = conv3x3(config.in_channels, c)
+        self.conv_in = Conv3x3(config.in_channels, c)
 
         self.down_blocks = nn.ModuleList()
         c_skips = [c]  # widths of the skip connections, in the order in which the way down makes them
@@ -124,7 +124,7 @@ class UNet(nn.Module):
             c_in = widths[level]
 
         self.conv_norm_out = group_norm(config)(c)
-        self.conv_out = conv3x3(c, config.out_channels)
+        self.conv_out = Conv3x3(c, config.out_channels)
 
     def absorb(self, spatial: Tensor, temporal: Tensor) -> list[Context]:
         """What the transformers take from the tokens of T clips, one after the other; no noise level changes it.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.config import VAEConfig
-from minimti.layers import ConvOverTime, Norm, ResBlock, Upsample, VideoResBlock, clips_of, conv3x3, frames_of
+from minimti.layers import Conv3x3, ConvOverTime, Norm, ResBlock, Upsample, VideoResBlock, clips_of, frames_of
 
 EPS = 1e-6
 TEMPORAL_EPS = 1e-5  # of the decoder's res blocks over time; they also blend the other way round (layers.Blend)
@@ -52,7 +52,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         norm = group_norm(config)
         self.resnets = nn.ModuleList(
-            ResBlock(c_in if i == 0 else c_out, c_out, None, norm, conv3x3) for i in range(config.num_res_blocks)
+            ResBlock(c_in if i == 0 else c_out, c_out, None, norm, Conv3x3) for i in range(config.num_res_blocks)
         )
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsamples else [])
 
@@ -68,7 +68,7 @@ class EncoderMidBlock(nn.Module):
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
         norm = group_norm(config)
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, None, norm, conv3x3) for _ in range(2))
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, None, norm, Conv3x3) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(channels, norm)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
-        self.conv_in = conv3x3(3, config.ch)
+        self.conv_in = Conv3x3(3, config.ch)
         self.down_blocks = nn.ModuleList(
             EncoderBlock(config, c_in, c_out, downsamples=level < len(widths) - 1)
             for level, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths))
         )
         self.mid_block = EncoderMidBlock(config, widths[-1])
         self.conv_norm_out = group_norm(config)(widths[-1])
-        self.conv_out = conv3x3(widths[-1], 2 * config.z_channels)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, 3, H, W] in [-1,1] -> [batch, 2 z, H/8, W/8]."""
@@ -131,14 +131,14 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.ch * mult for mult in reversed(config.ch_mult)]  # coarsest first
-        self.conv_in = conv3x3(config.z_channels, widths[0])
+        self.conv_in = Conv3x3(config.z_channels, widths[0])
         self.mid_block = DecoderMidBlock(config, widths[0])
         self.up_blocks = nn.ModuleList(
             DecoderBlock(config, c_in, c_out, upsamples=level < len(widths) - 1)
             for level, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths))
         )
         self.conv_norm_out = group_norm(config)(config.ch)
-        self.conv_out = conv3x3(config.ch, 3)
+        self.conv_out = Conv3x3(config.ch, 3)
         self.time_conv_out = ConvOverTime(3, 3)
 
     def forward(self, z: Tensor, num_frames: int) -> Tensor:

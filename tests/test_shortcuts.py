@@ -9,7 +9,7 @@ from official import SMALL, fill_by_name
 from torch import Tensor
 
 from minimti.attention import CrossAttention, SelfAttentionOverTime
-from minimti.layers import ConvOverTime, clips_of, frames_of
+from minimti.layers import Conv3x3, ConvOverTime, clips_of, frames_of
 from minimti.svd import SVD, Conditioning
 from minimti.unet import UNet
 
@@ -49,6 +49,23 @@ def test_attention_over_time_is_among_the_frames_of_a_position(batch, num_frames
             c = x[b, :, i]
             plain = layer.to_out(attention(layer.to_q(c), layer.to_k(c), layer.to_v(c), head_dim=8))
             assert close(ours[b, :, i], plain)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch, height, width", [(1, 1, 1), (2, 2, 3), (3, 4, 4), (2, 7, 5)])
+def test_a_convolution_of_few_positions_is_a_product(batch, height, width, memory_format):
+    """On either side of the bound, with the gradients of input, weight and bias; and in its memory format."""
+    layer = Conv3x3(60, 8).double()
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.to(memory_format=memory_format))
+    plain = torch.randn(batch, 60, height, width, dtype=torch.float64, requires_grad=True)
+    x = plain.detach().to(memory_format=memory_format).requires_grad_()
+    wanted, ours = F.conv2d(plain, layer.weight, layer.bias, padding=1), layer(x)
+    assert close(ours, wanted)
+    direction = torch.randn_like(wanted)
+    ours_back = torch.autograd.grad(ours, (x, layer.weight, layer.bias), direction)
+    wanted_back = torch.autograd.grad(wanted, (plain, layer.weight, layer.bias), direction)
+    assert all(map(close, ours_back, wanted_back))
 
 
 @torch.no_grad()
