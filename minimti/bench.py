@@ -26,7 +26,7 @@ from minimti.svd import SVD, Conditioning
 
 TOKENS = 5  # N of the paper
 VIEWS, ITERATIONS = 25, 1000  # of train.py by default: views are encoded once, iterations share them
-EMULATED = 4  # bf16 products this many times slower than fp32 ones are not the hardware's own
+EMULATED = 2  # bf16 products this many times slower than fp32 ones are not the hardware's own
 BF16, FP32 = torch.bfloat16, torch.float32
 
 

@@ -331,7 +331,7 @@ def attention(lab: Lab) -> dict:
     """Figure 5: which places of each frame ask which token, with one token and with five."""
     case, rows, spread = lab.cases[0], [], {}
     for num_tokens in (1, NUM_TOKENS):
-        maps: list[Tensor] = []
+        tokens, maps = lab.learned(case, (15, num_tokens)), []
 
         def keep(block: torch.nn.Module, inputs: tuple[Tensor, ...], _, n=num_tokens, kept=maps) -> None:
             x, keys, _ = inputs
@@ -340,7 +340,7 @@ def attention(lab: Lab) -> dict:
             kept.append(weights)
 
         hooks = [b.attn2.register_forward_hook(keep) for b in finest_blocks(lab.svd)]
-        clip = lab.generate(case.targets[:1], lab.learned(case, (15, num_tokens)))[0]
+        clip = lab.generate(case.targets[:1], tokens)[0]
         for hook in hooks:
             hook.remove()
         mean = torch.stack(maps).mean(0)  # over layers and steps
