@@ -286,13 +286,13 @@ def test_the_tracker_follows_the_camera(word):
     assert place < 0.3 and size < 0.02 and angle < 2
 
 
-@pytest.mark.parametrize("seed, place, size, angle", [(0, 0.1, 0.01, 0.5), (3, 0.4, 0.03, 2)])
+@pytest.mark.parametrize("seed, place, size, angle", [(0, 0.1, 0.01, 0.5), (7, 0.3, 0.02, 2)])
 def test_the_tracker_tells_two_sprites_apart(seed, place, size, angle):
     """Side by side, and where one covers a part of the other."""
     scene = one(seed=seed, num_sprites=2, program=("up",) * 3 + ("turn",) * 4)
     paths = trajectory(scene)
     nearest = np.hypot(paths[0].x - paths[1].x, paths[0].y - paths[1].y).min()
-    assert (nearest < max(paths[0].length.max(), paths[1].length.max())) == (seed == 3)
+    assert (nearest < max(paths[0].length.max(), paths[1].length.max())) == (seed == 7)
     for which, truth in enumerate(paths):
         missed = misses(tracker.track(render(scene), scene, which), truth)
         assert missed[0] < place and missed[1] < size and missed[2] < angle
