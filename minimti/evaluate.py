@@ -6,7 +6,7 @@ wrong as one that stands still (`tracker.motion_error`).
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimti import cli, figures, motion, weights, words
+from minimti import cli, figures, motion, video, weights, words
 from minimti.attention import TransformerBlock
 from minimti.config import SVDConfig
 from minimti.files import InputError, check_writable, make_folder, whole_file
@@ -131,6 +131,11 @@ def rate(answers: list[bool | None]) -> dict:
 # ---------------------------------------------------------------------------------------------- the laboratory
 
 
+def first_frames(scenes: Sequence[Scene]) -> Tensor:
+    """[B, 3, H, W] in [-1,1]."""
+    return pixels(np.stack([first_frame(scene) for scene in scenes]))
+
+
 class Lab:
     """The model and the motions, and what several experiments ask of them."""
 
@@ -145,6 +150,11 @@ class Lab:
 
     def caption(self, scene: Scene) -> Tokens:
         return words.caption_tokens(self.table, [scene.program], self.config.num_frames)
+
+    @torch.no_grad()
+    def own(self, scenes: Sequence[Scene]) -> Tokens:
+        """The tokens of plain image-to-video, of as many clips as scenes."""
+        return self.svd.tokens_of(first_frames(scenes), self.config.num_frames)
 
     @torch.no_grad()
     def embeddings(self, reference: Scene) -> Tensor:
@@ -176,19 +186,19 @@ class Lab:
         return last
 
     @torch.no_grad()
-    def generate(self, scenes: list[Scene] | tuple[Scene, ...], tokens: Tokens, image: bool = True) -> np.ndarray:
+    def generate(self, scenes: Sequence[Scene], tokens: Tokens, image: bool = True) -> np.ndarray:
         """uint8 [B, F, 3, H, W]: the first frames of scenes under the tokens of one clip or of as many.
 
         Without `image`, the motion alone.
         """
         config, noise = self.config, torch.Generator().manual_seed(self.seed)
-        images = pixels(np.stack([first_frame(scene) for scene in scenes]))
+        images = first_frames(scenes)
         spatial, temporal = (t.expand(len(scenes), *t.shape[1:]) for t in tokens)
         cond = self.svd.prepare(images, (spatial, temporal), config.micro, noise)
         n = torch.randn(cond.concat.shape, generator=noise)
         cond, guidance = (cond, GUIDANCE) if image else (cond.without_image(), ALONE)
         *_, x = self.svd.sample(cond, n, config.num_steps, guidance)
-        return ((self.svd.decode(x).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+        return video.to_bytes(self.svd.decode(x)).numpy()
 
     def transferred(self, case: Case, tokens: Tokens) -> list[float]:
         """The errors of a case's targets under tokens."""
@@ -217,13 +227,10 @@ def transfer(lab: Lab) -> dict:
 
 def baselines(lab: Lab) -> dict:
     """The target's own embedding, as in SVD; and the embeddings of the reference's frames, nothing optimised."""
-    num_frames, found = lab.config.num_frames, {"image": [], "frames": []}
+    found = {"image": [], "frames": []}
     for case in lab.cases:
-        with torch.no_grad():
-            image = pixels(np.stack([first_frame(scene) for scene in case.targets]))
-            own = lab.svd.tokens_of(image, num_frames)
         frames = lab.embeddings(case.reference)
-        found["image"].append(lab.transferred(case, own))
+        found["image"].append(lab.transferred(case, lab.own(case.targets)))
         found["frames"].append(lab.transferred(case, (frames[None, :, None], frames.mean(0)[None, None])))
     summaries = {name: summary(errors) for name, errors in found.items()}
     return {"error": min(s["error"] for s in summaries.values()), **summaries}
@@ -261,9 +268,7 @@ def swap(lab: Lab) -> dict:
     rng, answers, rows = lab.rng(1), [], []
     for i in range(2 * len(lab.cases)):
         pair = [habitual_scene(rng, lab.config) for _ in range(2)]
-        images = pixels(np.stack([first_frame(scene) for scene in pair]))
-        with torch.no_grad():
-            spatial, temporal = lab.svd.tokens_of(images, lab.config.num_frames)
+        spatial, temporal = lab.own(pair)
         clips = lab.generate(pair, (spatial.flip(0), temporal.flip(0)))
         for clip, scene, other in zip(clips, pair, pair[::-1]):
             (sprite,), theirs = scene.sprites, other.sprites[0]
@@ -284,9 +289,7 @@ def appearance(lab: Lab) -> dict:
     own_colour, own_shape = [], []
     for case in lab.cases:
         reference = case.reference.sprites[0]
-        with torch.no_grad():
-            plain = lab.svd.tokens_of(pixels(np.stack([first_frame(s) for s in case.targets])), lab.config.num_frames)
-        for name, tokens in (("plain", plain), ("transfer", lab.learned(case))):
+        for name, tokens in (("plain", lab.own(case.targets)), ("transfer", lab.learned(case))):
             for clip, scene in zip(lab.generate(case.targets, tokens), case.targets):
                 seen = colour(clip, scene)
                 error = float(np.linalg.norm(seen - scene.sprites[0].colour))

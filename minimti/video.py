@@ -78,7 +78,7 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.clamp(0, 255) / 127.5 - 1
 
 
-def _to_bytes(pixels: Tensor) -> Tensor:
+def to_bytes(pixels: Tensor) -> Tensor:
     """[-1,1] (clamped), of any shape -> uint8 on the CPU."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
@@ -88,7 +88,7 @@ def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
 
     The same clip gives the same bytes. Width and height must be even.
     """
-    frames = _to_bytes(clip).permute(0, 2, 3, 1).numpy()
+    frames = to_bytes(clip).permute(0, 2, 3, 1).numpy()
     with whole_file(path) as part, av.open(f"file:{part}", "w", options={"movflags": "+faststart"}) as container:
         # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
         options = {"crf": "12", "mbtree": "0"}
@@ -106,7 +106,7 @@ def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
 def strip(clips: Tensor) -> Tensor:
     """Clips [R, F, 3, H, W] in [-1,1] (clamped) -> one picture, uint8 [R H, F W, 3]: a row each, time to the right."""
     rows, frames, channels, height, width = clips.shape
-    return _to_bytes(clips).permute(0, 3, 1, 4, 2).reshape(rows * height, frames * width, channels)
+    return to_bytes(clips).permute(0, 3, 1, 4, 2).reshape(rows * height, frames * width, channels)
 
 
 def write_strip(path: str | Path, clips: Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_pretrain import FEW, SMALLER
 
-from minimti import cli, evaluate, pretrain, weights
+from minimti import cli, evaluate, pretrain, video, weights
 from minimti.config import MODELS
 from minimti.stages import STAGES, pixels
 from minimti.tracker import facing
@@ -139,7 +139,7 @@ def test_the_embedded_autoencoder_keeps_motion_and_heading():
         scene = random_scene(np.random.default_rng(seed))
         clip = pixels(render(scene))[None]
         out = svd.decode(svd.encode(clip)).clamp(-1, 1)
-        again = ((out[0] + 1) * 127.5).round().byte().numpy()
+        again = video.to_bytes(out[0]).numpy()
         assert evaluate.motion_errors(again[None], [scene])[0] < 0.1
         assert facing(again, scene) > 0.9
         assert -10 * ((out - clip) / 2).square().mean().log10() > 26  # dB
