@@ -13,6 +13,7 @@ from tqdm import tqdm
 from minimti import cli, edm, motion, video, weights
 from minimti.config import MODELS
 from minimti.files import InputError, check_writable, make_folder
+from minimti.svd import GUIDANCE
 
 
 def parse():
@@ -74,7 +75,7 @@ def main() -> None:
     asked = {"fps_id": args.fps and args.fps - 1, "motion_bucket_id": args.motion_bucket, "cond_aug": args.noise_aug}
     micro = learned.micro if learned else config.micro
     micro = replace(micro, **{name: value for name, value in asked.items() if value is not None})
-    guidance = args.guidance or ((1.0, 10.0) if args.unconditional else (1.0, 3.0))
+    guidance = args.guidance or ((1.0, 10.0) if args.unconditional else GUIDANCE)
     num_frames = learned.num_frames if learned else config.num_frames
     num_steps = args.steps or config.num_steps
 

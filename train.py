@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minimti import cli, motion, video, weights
 from minimti.files import check_writable, existing
-from minimti.invert import View, invert, view
+from minimti.invert import LR, VIEWS, View, invert, view
 from minimti.memory import MODES, set_mode
 
 
@@ -19,21 +19,27 @@ def parse():
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
     cli.add_shared_arguments(parser, default_model="", default_size="the model's, 1024x576 for svd")
-    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 1000 for svd)")
-    add("--lr", type=cli.number(0, 100), default=1e-2, help="Adam's learning rate (default: %(default)s)")
-    add("--tokens", type=cli.integer(1, 1000), default=5, metavar="N", help="tokens per set (default: %(default)s)")
+    paper = "its recipe to the letter: twice the steps, noise levels drawn, a constant rate, --cache 0 (default: ours)"
+    add("--paper", action="store_true", help=paper)
+    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 500 for svd)")
+    add("--lr", type=cli.number(0, 100), default=LR, help="Adam's learning rate (default: %(default)s)")
+    add(
+        "--tokens",
+        type=cli.integer(1, 1000),
+        default=motion.NUM_TOKENS,
+        metavar="N",
+        help="tokens per set (default: %(default)s)",
+    )
     add("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
     add("--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="of the first frame (default: 0)")
     add("--stride", type=cli.integer(1, 10**6), default=1, metavar="K", help="take every K-th frame (default: 1)")
     add("--no-flip", action="store_true", help="never mirror the clip: for motions that have a left and a right")
     add("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
     add("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
-    cache = (
-        "augmented views to encode once and reuse; 0, as in the paper: a fresh one every step (default: %(default)s)"
-    )
-    add("--cache", type=cli.integer(0, 10**5), default=25, metavar="K", help=cache)
-    memory = "how much of the forward pass to keep; the rest is computed again (default: %(default)s)"
-    add("--memory", choices=MODES, default="balanced", help=memory)
+    cache = f"augmented views to encode once and reuse; 0, as in the paper: a fresh one every step (default: {VIEWS})"
+    add("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
+    memory = "how much of the forward pass to keep; the rest is computed again (default: balanced, for tiny everything)"
+    add("--memory", choices=MODES, help=memory)
     return parser.parse_args()
 
 
@@ -46,7 +52,9 @@ def main() -> None:
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
-    steps = config.num_iterations if args.steps is None else args.steps
+    iterations = config.paper_iterations if args.paper else config.paper_iterations // 2
+    steps = iterations if args.steps is None else args.steps
+    num_views = args.cache if args.cache is not None else 0 if args.paper else VIEWS
     frames = video.read_clip(args.video, num_frames, args.start, args.stride)
     print(
         f"reference  {args.video}: {num_frames} frames from {args.start:g} s, stride {args.stride},"
@@ -65,18 +73,18 @@ def main() -> None:
     del svd.clip  # it has said all it will be asked
 
     views = fresh = partial(view, svd, clip, learned, not args.no_flip)
-    if args.cache:
-        cached = [fresh(k) for k in tqdm(range(min(args.cache, steps)), desc="encoding")]
+    if num_views:
+        cached = [fresh(k) for k in tqdm(range(min(num_views, steps)), desc="encoding")]
         del svd.vae
 
         def views(step: int) -> View:
             return cached[step % len(cached)]
 
-    set_mode(svd.unet, args.memory)
+    set_mode(svd.unet, args.memory or (None if config.name == "tiny" else "balanced"))
     cli.compile_if_asked(svd.unet, args.compile, device)
     p_mean = config.p_mean if args.p_mean is None else args.p_mean
     p_std = config.p_std if args.p_std is None else args.p_std
-    losses = invert(svd, views, learned, steps=steps, lr=args.lr, p_mean=p_mean, p_std=p_std)
+    losses = invert(svd, views, learned, steps=steps, lr=args.lr, p_mean=p_mean, p_std=p_std, paper=args.paper)
     recent = deque(maxlen=50)
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     try:

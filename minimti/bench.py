@@ -20,12 +20,12 @@ import minimti
 from minimti import cli, edm, weights
 from minimti.config import MODELS, SVDConfig, UNetConfig, VAEConfig
 from minimti.files import InputError, check_writable, whole_file
+from minimti.invert import VIEWS
 from minimti.memory import set_mode
+from minimti.motion import NUM_TOKENS
 from minimti.price import Price, price
-from minimti.svd import SVD, Conditioning
+from minimti.svd import GUIDANCE, SVD, Conditioning
 
-TOKENS = 5  # N of the paper
-VIEWS, ITERATIONS = 25, 1000  # of train.py by default: views are encoded once, iterations share them
 EMULATED = 2  # bf16 products this many times slower than fp32 ones are not the hardware's own
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -123,7 +123,7 @@ def sample(svd: SVD, pixels: Tensor, tokens: Tensor) -> Tensor:
         del svd.clip
         sets = tokens[:, None].expand(-1, config.num_frames, -1, -1), tokens
         cond = svd.prepare(pixels, sets, config.micro, torch.Generator())
-        x = next(svd.sample(cond, torch.randn_like(cond.concat), 1, (1.0, 3.0)))
+        x = next(svd.sample(cond, torch.randn_like(cond.concat), 1, GUIDANCE))
         del svd.unet
         return svd.decode(x)
 
@@ -220,7 +220,7 @@ def inputs(case: Case, device: str) -> list[Tensor]:
     first = 1, 3, height, width
     scale = 2 ** (len(config.vae.ch_mult) - 1)
     clip, image = ((1, n, config.vae.z_channels, height // scale, width // scale) for n in (config.num_frames, 1))
-    tokens = 1, TOKENS, config.unet.context_dim
+    tokens = 1, NUM_TOKENS, config.unet.context_dim
     shapes = {encode: (pixels,), decode: (clip,), sample: (first, tokens)}.get(case.step, (clip, image, tokens))
     return [torch.randn(shape, device=device) for shape in shapes]
 
@@ -232,8 +232,9 @@ def prices(cases: dict[str, Case]) -> dict[str, tuple[Price, Price | None]]:
         print(f"pricing {name}", file=sys.stderr)
         ours, theirs = skeletons(case)
         found[name] = _price(case, ours), None if case.checkpointing is None else _price(case, theirs)
-    clip, num_frames = found["encode"][0], cases["encode"].config.num_frames
-    share = VIEWS / ITERATIONS * (num_frames + 1) / num_frames  # the conditioning image is one frame more
+    clip, config = found["encode"][0], cases["encode"].config
+    # Views are encoded once, iterations share them; the conditioning image is one frame more.
+    share = VIEWS / config.paper_iterations * (config.num_frames + 1) / config.num_frames
     found["encode_per_step"] = replace(clip, tflop=clip.tflop * share, traffic_tb=clip.traffic_tb * share), None
     return found
 

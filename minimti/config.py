@@ -65,7 +65,7 @@ class SVDConfig:
     rho: float  # curvature of the Karras schedule
     p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
     p_std: float
-    num_iterations: int  # of an inversion, paper B.2
+    paper_iterations: int  # of an inversion, paper B.2; half of them do (invert.py)
     micro: MicroConditioning
     unet: UNetConfig
     vae: VAEConfig
@@ -118,7 +118,7 @@ _SVD = SVDConfig(
     rho=7.0,
     p_mean=2.8,
     p_std=1.6,
-    num_iterations=1000,
+    paper_iterations=1000,
     micro=MicroConditioning(fps_id=6, motion_bucket_id=127, cond_aug=0.02),
     unet=UNetConfig(
         in_channels=8,
@@ -142,23 +142,23 @@ _TINY = replace(
     size=(64, 64),
     sigma_min=0.02,
     sigma_max=100.0,
-    p_mean=0.4,
+    p_mean=1.0,
     p_std=1.4,
-    num_iterations=300,
+    paper_iterations=300,
     unet=UNetConfig(
-        in_channels=32,
-        out_channels=16,
-        model_channels=64,
-        channel_mult=(1, 2),
+        in_channels=16,
+        out_channels=8,
+        model_channels=32,
+        channel_mult=(1, 2, 4),
         num_res_blocks=1,
-        attention_resolutions=(2, 1),
+        attention_resolutions=(4, 2),
         num_head_channels=32,
         context_dim=64,
         adm_in_channels=96,
-        norm_groups=8,
+        norm_groups=4,
     ),
-    # Four times SVD's latent channels: with few of them on 8x8 cells the way a sprite faces blurs.
-    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=16, scale_factor=0.18215, norm_groups=8),
+    # Cells of 4x4 pixels, SVD's have 8x8: in larger ones a small sprite that moves or turns is another code every time.
+    vae=VAEConfig(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=0.18215, norm_groups=4),
     clip=CLIPConfig(image_size=64, patch_size=8, width=128, layers=4, head_width=32, embed_dim=64),
 )
 

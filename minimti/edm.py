@@ -43,8 +43,13 @@ def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
     return (network(c_in * (x0 + sigma * n), c_noise.flatten()) - v).square().mean()
 
 
-def training_sigma(z: Tensor, p_mean: float, p_std: float, sigma_max: float) -> Tensor:
-    """Standard normal z -> sigma with ln(sigma) ~ N(p_mean, p_std^2), never beyond what the model was trained on."""
+def training_sigma(quantile: Tensor, p_mean: float, p_std: float, sigma_max: float) -> Tensor:
+    """The sigma, ln(sigma) ~ N(p_mean, p_std^2), below which a share `quantile` in [0,1] lies; fp32, same shape.
+
+    Never beyond what the model was trained on. Uniform quantiles draw from the distribution; evenly spread ones cover
+    it with fewer (Kingma et al. 2021, "Variational diffusion models", I.1).
+    """
+    z = torch.special.ndtri(quantile.double().clamp(1e-6, 1 - 1e-6)).float()
     return (p_mean + p_std * z).exp().clamp(max=sigma_max)
 
 

@@ -1,14 +1,9 @@
-"""The paper's experiments on the embedded model, measured:  python -m minimti.evaluate --out FOLDER
-
-Motions are known programs of the procedural world. An error is 0 where a clip moves as it should and 1 where it is as
-wrong as one that stands still (`tracker.motion_error`).
-"""
+"""The paper's experiments on the embedded model, measured:  python -m minimti.evaluate --out FOLDER"""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,236 +11,98 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimti import cli, figures, motion, video, weights, words
+from minimti import cli, figures, weights, words
 from minimti.attention import TransformerBlock
-from minimti.config import SVDConfig
 from minimti.files import InputError, check_writable, make_folder, whole_file
-from minimti.invert import invert, view
+from minimti.lab import (
+    FORM,
+    Case,
+    Lab,
+    Tokens,
+    colour,
+    follows,
+    mirrored_motion,
+    motion_errors,
+    random_case,
+    rate,
+    summary,
+)
+from minimti.motion import NUM_TOKENS
 from minimti.pretrain import check_sizes
-from minimti.stages import first_frame, habitual_scene, pixels
+from minimti.stages import habitual_scene
 from minimti.svd import SVD
-from minimti.tracker import motion_error, search, track
-from minimti.world import CAMERA_WORDS, SHAPES, Scene, Trajectory, Wave, flip, paint, random_scene, render, trajectory
+from minimti.tracker import search
+from minimti.world import CAMERA_WORDS, Wave, flip, render, trajectory
 
-Tokens = tuple[Tensor, Tensor]  # spatial [1, F, N, d], temporal [1, N, d]; the first axis may also be that of clips
-
-NUM_TOKENS = 5
-LR = 1e-2
-VIEWS = 25
-GUIDANCE = (1.0, 3.0)
-ALONE = (1.0, 3.0)  # guidance without an image
-DIFFERENT = 0.5  # the motion error of one motion against another, from which a clip can tell which it follows
 ABLATED = 3  # motions in the experiments that invert them over and over
 SEEDS = 2
-FORMS = ((1, 1), (1, 15), (15, 1), (15, 5), (15, 15))  # (F', N) of figure 9, for 14 frames
-CURVE = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1)  # of the steps
+FORMS = ((1, 1), (1, 15), (15, 1), FORM, (15, 15))  # of figure 9
+CURVE = (0, 0.05, 0.15, 0.4, 1)  # of the steps
 MILESTONES = (0, 0.25, 0.5, 1)
 SHIFT = 1.8  # from SVD's training to the paper's inversion P_mean rises from 1.0 to 2.8
 GAITS = (Wave(0.2, 4), Wave(0.2, 8))
 
 
-# ---------------------------------------------------------------------------------------------- what is transferred
-
-
-@dataclass(frozen=True)
-class Case:
-    """A motion: a reference, and targets that shall move as it does."""
-
-    reference: Scene
-    targets: tuple[Scene, ...]
-
-
-def random_case(rng: np.random.Generator, config: SVDConfig, num_targets: int, **properties) -> Case:
-    """Targets of other shapes, colours and places; every other one faces the other way than the reference.
-
-    properties: of `random_scene`.
-    """
-    size = config.size[::-1]
-    reference = random_scene(rng, size, config.num_frames, **properties)
-    properties["program"] = reference.program
-    properties["shapes"] = tuple(shape for shape in SHAPES if shape not in [s.shape for s in reference.sprites])
-    targets = []
-    for i in range(num_targets):
-        scene = random_scene(rng, size, config.num_frames, **properties)
-        opposite = scene.sprites[0].facing != reference.sprites[0].facing
-        targets.append(flip(scene) if opposite == bool(i % 2) else scene)
-    return Case(reference, tuple(targets))
-
-
-@dataclass
-class OneSet(motion.Motion):
-    """F' = 1: tokens [1, N, d], the same for every frame and over time."""
-
-    frames: int = 0
-
-    @property
-    def sets(self) -> Tokens:
-        return self.tokens[None].expand(-1, self.frames, -1, -1), self.tokens
-
-
-# ---------------------------------------------------------------------------------------------- what is measured
-
-
-def motion_errors(clips: np.ndarray, scenes: list[Scene]) -> list[float]:
-    """Of each clip uint8 [F, 3, H, W] against its scene; of two sprites the mean."""
-    return [
-        float(np.mean([motion_error(track(clip, scene, i), path) for i, path in enumerate(trajectory(scene))]))
-        for clip, scene in zip(clips, scenes)
-    ]
-
-
-def follows(clip: np.ndarray, scene: Scene, wanted: Trajectory, other: Trajectory) -> bool | None:
-    """Whether the sprite of a clip moves rather as wanted than otherwise; None where the two are too much alike."""
-    if motion_error(other, wanted) < DIFFERENT:
-        return None
-    tracked = track(clip, scene)
-    return motion_error(tracked, wanted) < motion_error(tracked, other)
-
-
-def mirrored_motion(path: Trajectory, scene: Scene) -> Trajectory:
-    """Where the scene's sprite would go if it moved as the path of its mirror image does in the picture."""
-    own = trajectory(scene)[0]
-    return replace(own, x=own.x[0] + path.x - path.x[0], angle=own.angle[0] - (path.angle - path.angle[0]))
-
-
-def colour(clip: np.ndarray, scene: Scene) -> np.ndarray:
-    """RGB in [0,1] of the sprite's body in a clip, mean over its frames."""
-    sprite = replace(scene.sprites[0], colour=(1.0, 1.0, 1.0))  # whatever is painted white is body, not detail
-    canvas = np.zeros(clip.shape, np.float32)
-    paint(canvas, sprite, track(clip, scene))
-    body = canvas.min(axis=1) > 0.99  # [F, H, W]
-    return np.array([clip[:, channel][body].mean() for channel in range(3)]) / 255 if body.any() else np.zeros(3)
-
-
-def summary(errors: list[list[float]]) -> dict:
-    """Of errors by motion and target: their mean, and the deviation of the motions' means."""
-    means = [float(np.mean(of_motion)) for of_motion in errors]
-    return {"error": float(np.mean(means)), "deviation": float(np.std(means)), "motions": means}
-
-
-def rate(answers: list[bool | None]) -> dict:
-    told = [answer for answer in answers if answer is not None]
-    return {"rate": float(np.mean(told)) if told else None, "pairs": len(told)}
-
-
-# ---------------------------------------------------------------------------------------------- the laboratory
-
-
-def first_frames(scenes: Sequence[Scene]) -> Tensor:
-    """[B, 3, H, W] in [-1,1]."""
-    return pixels(np.stack([first_frame(scene) for scene in scenes]))
-
-
-class Lab:
-    """The model and the motions, and what several experiments ask of them."""
-
-    def __init__(self, svd: SVD, table: words.Words, seed: int, motions: int, targets: int, steps: int, folder: Path):
-        self.svd, self.table, self.config = svd, table, svd.config
-        self.seed, self.num_targets, self.steps, self.folder = seed, targets, steps, folder
-        self.cases = [random_case(self.rng(0, i), self.config, targets) for i in range(motions)]
-        self.learned = cache(self._learned)
-
-    def rng(self, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, *numbers))
-
-    def caption(self, scene: Scene) -> Tokens:
-        return words.caption_tokens(self.table, [scene.program], self.config.num_frames)
-
-    @torch.no_grad()
-    def own(self, scenes: Sequence[Scene]) -> Tokens:
-        """The tokens of plain image-to-video, of as many clips as scenes."""
-        return self.svd.tokens_of(first_frames(scenes), self.config.num_frames)
-
-    @torch.no_grad()
-    def embeddings(self, reference: Scene) -> Tensor:
-        """CLIP embeddings of all its frames, [F, d]."""
-        return self.svd.embed(pixels(render(reference)))
-
-    def inversion(
-        self, reference: Scene, form: tuple[int, int], seed: int, p_mean: float | None = None
-    ) -> Iterator[Tokens]:
-        """The tokens of the form (F', N) before the first step and after every one."""
-        config, svd = self.config, self.svd
-        clip, noise = pixels(render(reference)), torch.Generator().manual_seed(seed)
-        tokens = motion.initialise(self.embeddings(reference), form[1], noise)
-        about = {"model": config.name, "micro": config.micro, "size": config.size, "steps": 0, "seed": seed}
-        if form[0] == 1:
-            learned = OneSet(tokens[-1:].clone(), frames=config.num_frames, **about)
-        else:
-            learned = motion.Motion(tokens, **about)
-        cached = [view(svd, clip, learned, True, k) for k in range(VIEWS)]
-        p_mean = config.p_mean if p_mean is None else p_mean
-        settings = {"steps": self.steps, "lr": LR, "p_mean": p_mean, "p_std": config.p_std}
-        yield tuple(t.detach().clone() for t in learned.sets)
-        for _ in invert(svd, lambda step: cached[step % len(cached)], learned, **settings):
-            yield tuple(t.detach().clone() for t in learned.sets)
-
-    def _learned(self, case: Case, form: tuple[int, int] = (15, NUM_TOKENS), seed: int = 0) -> Tokens:
-        """The motion of a case as an embedding; remembered."""
-        *_, last = self.inversion(case.reference, form, seed)
-        return last
-
-    @torch.no_grad()
-    def generate(self, scenes: Sequence[Scene], tokens: Tokens, image: bool = True) -> np.ndarray:
-        """uint8 [B, F, 3, H, W]: the first frames of scenes under the tokens of one clip or of as many.
-
-        Without `image`, the motion alone.
-        """
-        config, noise = self.config, torch.Generator().manual_seed(self.seed)
-        images = first_frames(scenes)
-        spatial, temporal = (t.expand(len(scenes), *t.shape[1:]) for t in tokens)
-        cond = self.svd.prepare(images, (spatial, temporal), config.micro, noise)
-        n = torch.randn(cond.concat.shape, generator=noise)
-        cond, guidance = (cond, GUIDANCE) if image else (cond.without_image(), ALONE)
-        *_, x = self.svd.sample(cond, n, config.num_steps, guidance)
-        return video.to_bytes(self.svd.decode(x)).numpy()
-
-    def transferred(self, case: Case, tokens: Tokens) -> list[float]:
-        """The errors of a case's targets under tokens."""
-        return motion_errors(self.generate(case.targets, tokens), list(case.targets))
-
-
-# ---------------------------------------------------------------------------------------------- the experiments
+def judged(lab: Lab, tokens_of: Callable[[Case], Tokens]) -> dict:
+    """The errors of all targets under the tokens of their case, and the loss on what they truly show."""
+    errors = [lab.transferred(case, tokens_of(case)) for case in lab.cases]
+    return summary(errors) | {"loss": float(np.mean([lab.loss(c.targets, tokens_of(c)) for c in lab.cases]))}
 
 
 def caption(lab: Lab) -> dict:
     """The true caption: what the model can do at best."""
-    return summary([lab.transferred(case, lab.caption(case.reference)) for case in lab.cases])
+    return judged(lab, lambda case: lab.caption(case.reference))
 
 
 def transfer(lab: Lab) -> dict:
     """Figures 1, 7, 8: motion-textual inversion, 14 + 1 sets of five tokens."""
     errors, rows = [], []
     for i, case in enumerate(lab.cases):
-        clips = lab.generate(case.targets, lab.learned(case))
+        clips = lab.moved(case)
         errors.append(motion_errors(clips, list(case.targets)))
         if i < figures.ROWS:
             rows += [render(case.reference), *clips[:2]]
     figures.write_rows(lab.folder / "transfer.png", rows)
-    return summary(errors)
+    loss = np.mean([lab.loss(case.targets, lab.learned(case)) for case in lab.cases])
+    return summary(errors) | {"loss": float(loss)}
 
 
 def baselines(lab: Lab) -> dict:
     """The target's own embedding, as in SVD; and the embeddings of the reference's frames, nothing optimised."""
-    found = {"image": [], "frames": []}
-    for case in lab.cases:
-        frames = lab.embeddings(case.reference)
-        found["image"].append(lab.transferred(case, lab.own(case.targets)))
-        found["frames"].append(lab.transferred(case, (frames[None, :, None], frames.mean(0)[None, None])))
-    summaries = {name: summary(errors) for name, errors in found.items()}
-    return {"error": min(s["error"] for s in summaries.values()), **summaries}
+
+    def frames(case: Case) -> Tokens:
+        embeddings = lab.embeddings(case.reference)
+        return embeddings[None, :, None], embeddings.mean(0)[None, None]
+
+    found = {"image": judged(lab, lambda case: lab.own(case.targets)), "frames": judged(lab, frames)}
+    return {"error": min(part["error"] for part in found.values()), **found}
 
 
 def ablation(lab: Lab) -> dict:
     """Figure 9: how many sets, and how many tokens in each."""
-    found = {}
-    for form in FORMS:
-        by_seed = []
-        for seed in range(SEEDS):
-            errors = [lab.transferred(case, lab.learned(case, form, seed)) for case in lab.cases[:ABLATED]]
-            by_seed.append(float(np.mean(errors)))
-        found[f"{form[0]}x{form[1]}"] = {"error": float(np.mean(by_seed)), "seeds": by_seed}
+    found = {f"{form[0]}x{form[1]}": over_seeds(lab, form) for form in FORMS}
     return {"error": found[f"15x{NUM_TOKENS}"]["error"], **found}
+
+
+def over_seeds(lab: Lab, form: tuple[int, int] = FORM, **recipe) -> dict:
+    """The error of some motions' transfer, for each seed of an inversion; and the loss on the targets' true clips."""
+    by_seed, losses = [], []
+    for seed in range(SEEDS):
+        learned = [(case, lab.learned(case, form, seed, **recipe)) for case in lab.cases[:ABLATED]]
+        by_seed.append(float(np.mean([lab.transferred(case, tokens) for case, tokens in learned])))
+        losses.append(float(np.mean([lab.loss(case.targets, tokens) for case, tokens in learned])))
+    return {"error": float(np.mean(by_seed)), "seeds": by_seed, "loss": float(np.mean(losses)), "losses": losses}
+
+
+def recipe(lab: Lab) -> dict:
+    """The paper's optimisation and ours: the same number of steps, and ours with half of them."""
+    found = {
+        "the paper's": over_seeds(lab, effort=2, paper=True),
+        "the paper's, half the steps": over_seeds(lab, paper=True),
+        "ours, half the steps": over_seeds(lab),
+        "ours": over_seeds(lab, effort=2),
+    }
+    return {"error": found["ours, half the steps"]["error"], **found}
 
 
 def flipped(lab: Lab) -> dict:
@@ -258,7 +115,7 @@ def flipped(lab: Lab) -> dict:
             other = mirrored_motion(trajectory(before)[0], scene)
             answers.append(follows(clip, scene, trajectory(scene)[0], other))
         if i < figures.ROWS:
-            rows += [*lab.generate(case.targets[:1], lab.learned(case)), clips[0]]
+            rows += [lab.moved(case)[0], clips[0]]
     figures.write_rows(lab.folder / "flip.png", rows)
     return rate(answers)
 
@@ -289,8 +146,9 @@ def appearance(lab: Lab) -> dict:
     own_colour, own_shape = [], []
     for case in lab.cases:
         reference = case.reference.sprites[0]
-        for name, tokens in (("plain", lab.own(case.targets)), ("transfer", lab.learned(case))):
-            for clip, scene in zip(lab.generate(case.targets, tokens), case.targets):
+        plain = lab.generate(case.targets, lab.own(case.targets))
+        for name, clips in (("plain", plain), ("transfer", lab.moved(case))):
+            for clip, scene in zip(clips, case.targets):
                 seen = colour(clip, scene)
                 error = float(np.linalg.norm(seen - scene.sprites[0].colour))
                 found[name].append(error)
@@ -324,7 +182,7 @@ def kinds(lab: Lab) -> dict:
 def unconditional(lab: Lab) -> dict:
     """Figure 6: the motion seen without an image, as the inversion goes on."""
     case, steps = lab.cases[0], sorted({round(share * lab.steps) for share in MILESTONES})
-    kept = snapshots(lab.inversion(case.reference, (15, NUM_TOKENS), 0), steps)
+    kept = snapshots(lab.inversion(case.reference), steps)
     clips = [lab.generate(case.targets[:1], tokens, image=False)[0] for tokens in kept]
     figures.write_rows(lab.folder / "unconditional.png", [render(case.reference), *clips])
     return {"steps": steps}
@@ -354,13 +212,13 @@ def attention(lab: Lab) -> dict:
 
 
 def iterations(lab: Lab) -> dict:
-    """B.2: the error against the steps, with the model's noise levels and with as much more as in the paper."""
-    steps, curves = sorted({round(share * lab.steps) for share in CURVE}), {}
+    """B.2, by the paper's recipe: the error against the steps, with the model's noise levels and with as much more."""
+    steps, curves = sorted({round(2 * share * lab.steps) for share in CURVE}), {}
     for p_mean in (lab.config.p_mean, lab.config.p_mean + SHIFT):
         errors = [
             [
                 float(np.mean(lab.transferred(case, tokens)))
-                for tokens in snapshots(lab.inversion(case.reference, (15, NUM_TOKENS), 0, p_mean), steps)
+                for tokens in snapshots(lab.inversion(case.reference, p_mean=p_mean, effort=2, paper=True), steps)
             ]
             for case in lab.cases[:ABLATED]
         ]
@@ -379,8 +237,9 @@ def snapshots(inversion: Iterator[Tokens], steps: list[int]) -> list[Tokens]:
 
 
 def finest_blocks(svd: SVD) -> list[TransformerBlock]:
-    """The spatial transformer blocks of the last, finest level."""
-    return [transformer.transformer_blocks[0] for transformer in svd.unet.up_blocks[-1].attentions]
+    """The spatial transformer blocks of the finest level that has any, on the way up."""
+    *_, finest = (block.attentions for block in svd.unet.up_blocks if block.attentions)
+    return [transformer.transformer_blocks[0] for transformer in finest]
 
 
 EXPERIMENTS: dict[str, Callable[[Lab], dict]] = {
@@ -392,6 +251,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], dict]] = {
     "appearance": appearance,
     "kinds": kinds,
     "ablation": ablation,
+    "recipe": recipe,
     "iterations": iterations,
     "unconditional": unconditional,
     "attention": attention,
@@ -399,6 +259,8 @@ EXPERIMENTS: dict[str, Callable[[Lab], dict]] = {
 
 
 # ---------------------------------------------------------------------------------------------- command line
+
+DETAILS = ("deviation", "loss", "plain", "own colour", "own shape")  # what a table's last column says of a figure
 
 
 def lines(name: str, result: dict) -> list[str]:
@@ -409,10 +271,10 @@ def lines(name: str, result: dict) -> list[str]:
             continue
         for figure in ("error", "rate"):
             if part.get(figure) is not None:
-                more = [
-                    f"{key} {part[key]:.2f}" for key in ("deviation", "plain", "own colour", "own shape") if key in part
+                more = [f"{key} {part[key]:.4g}" for key in DETAILS if key in part]
+                more += [
+                    f"{key} {', '.join(f'{e:.4g}' for e in part[key])}" for key in ("seeds", "losses") if key in part
                 ]
-                more += [f"seeds {', '.join(f'{e:.2f}' for e in part['seeds'])}"] if "seeds" in part else []
                 more += [f"of {part['pairs']} pairs"] if "pairs" in part else []
                 rows.append(f"| {label} | {figure} | {part[figure]:.2f} | {'; '.join(more)} |")
     return rows
@@ -443,7 +305,7 @@ def main() -> None:
         raise InputError(f"{checkpoint.path}: its words are not those of words.safetensors beside it")
     make_folder(args.out)
     svd = weights.load(checkpoint, torch.device("cpu"), torch.float32).requires_grad_(False)
-    steps = args.steps or svd.config.num_iterations
+    steps = args.steps or svd.config.paper_iterations // 2
     lab = Lab(svd, table, args.seed, args.motions, args.targets, steps, Path(args.out))
     results = {}
     print("| experiment | figure | mean | spread |\n|---|---|---|---|")

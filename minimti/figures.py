@@ -1,5 +1,6 @@
 """Pictures of the experiments."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def write_rows(path: Path, clips: Sequence[np.ndarray]) -> None:
 def heat(maps: Tensor, config: SVDConfig) -> np.ndarray:
     """Attention of the places of each frame to each token [F, L, N] -> clips uint8 [N, F, 3, H, W], light for much."""
     width, height = config.size
-    cell = 2 ** (len(config.vae.ch_mult) - 1)
+    cell = math.isqrt(width * height // maps.shape[1])
     grid = maps.permute(2, 0, 1).unflatten(-1, (height // cell, width // cell))
     grid = F.interpolate(grid, (height, width), mode="bilinear")
     return (255 * grid).byte().numpy()[:, :, None].repeat(3, axis=2)

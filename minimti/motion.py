@@ -11,6 +11,7 @@ from minimti import __version__
 from minimti.config import MicroConditioning, SVDConfig, checked
 from minimti.files import InputError, existing, whole_file
 
+NUM_TOKENS = 5  # N of the paper, tokens per set
 INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 
 

@@ -25,6 +25,7 @@ from minimti import __version__, cli, video, weights, words
 from minimti.config import MODELS, SVDConfig, to_json
 from minimti.files import InputError, check_writable, existing, make_folder, whole_file
 from minimti.layouts import official_source
+from minimti.muon import Muon, is_matrix
 from minimti.stages import (
     CHUNK,
     CHUNKS,
@@ -41,9 +42,10 @@ from minimti.stages import (
 from minimti.world import MIN_SIDE, render
 
 NAMES = [stage.name for stage in STAGES]
-STATE = ("stage", "step", "history", "ema", "optimiser")
+STATE = ("stage", "step", "history", "ema", "optimisers")
 
 LR = 1e-3
+WEIGHT_DECAY = 0.01
 WARM_UP = 100  # steps
 CLIP_NORM = 1.0
 EMA = 0.999
@@ -131,7 +133,7 @@ class Record:
 
 @dataclass
 class Run:
-    """A pre-training as far as it has come; step, averaged weights and optimiser's state are the current stage's."""
+    """A pre-training as far as it has come; step, averaged weights and optimisers are the current stage's."""
 
     config: SVDConfig
     folder: Path
@@ -144,7 +146,7 @@ class Run:
     step: int = 0
     history: list[dict] = field(default_factory=list)  # rows of the card from the runs before
     ema: dict[str, Tensor] = field(default_factory=dict)
-    optimiser: dict = field(default_factory=dict)
+    optimisers: list[dict] = field(default_factory=list)  # their states
     records: list[Record] = field(default_factory=list)  # of the stages so far
     encoding: dict[str, float] = field(default_factory=dict)  # seconds by library, of those in use
 
@@ -250,6 +252,14 @@ def learning_rate(step: int, steps: int, settles: bool) -> float:
     return LR * min(1, (step + 1) / warm_up, 2 * (1 - step / steps) if settles else 1)
 
 
+def optimisers_of(learning: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for matrices; AdamW for what is left: biases, norms, embeddings, layers to and from few channels."""
+    matrices = [p for name, p in learning.items() if is_matrix(name, p)]
+    others = [p for name, p in learning.items() if not is_matrix(name, p)]
+    adam = torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
+    return [Muon(matrices, lr=LR, weight_decay=WEIGHT_DECAY), adam]
+
+
 def library(run: Run, kind: str, check: Callable[[], None]) -> Library:
     """The encoded clips of a kind, from the run's folder; what is not there yet is encoded first."""
     parts, count = [], max(1, round(run.scale * CHUNKS[kind]))
@@ -283,14 +293,15 @@ def train(run: Run, check: Callable[[], None]) -> None:
     if (place := hardware(run.dtype)) not in record.hardware:
         record.hardware.append(place)
     libraries = {kind: library(run, kind, check) for kind in stage.needs}
-    adam = torch.optim.AdamW(learning.values(), lr=LR, betas=(0.9, 0.99), weight_decay=0.01)
+    optimisers = optimisers_of(learning)
     if run.step:
-        adam.load_state_dict(run.optimiser)
+        for optimiser, state in zip(optimisers, run.optimisers):
+            optimiser.load_state_dict(state)
     else:
         run.ema = {name: p.detach().clone() for name, p in learning.items()}
 
     def save() -> None:
-        run.optimiser = adam.state_dict()
+        run.optimisers = [optimiser.state_dict() for optimiser in optimisers]
         run.save()
 
     started = saved = time.perf_counter()
@@ -302,12 +313,13 @@ def train(run: Run, check: Callable[[], None]) -> None:
                 loss = stage.loss(run.model, libraries, generator(run.seed, number, run.step), stage.batch)
             if not loss.isfinite():
                 raise FloatingPointError(f"stage {stage.name}: the loss of step {run.step + 1} is not finite")
-            adam.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learning.values(), CLIP_NORM)
-            for group in adam.param_groups:
-                group["lr"] = learning_rate(run.step, steps, stage.settles)
-            adam.step()
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(run.step, steps, stage.settles)
+                optimiser.step()
+                optimiser.zero_grad()
             with torch.no_grad():
                 decay = min(EMA, (1 + run.step) / (10 + run.step))
                 torch._foreach_lerp_(list(run.ema.values()), list(learning.values()), 1 - decay)
@@ -415,7 +427,8 @@ def card(run: Run) -> str:
     commands = dict.fromkeys(f"`{row['command']}`" for row in table)
     millions = {part: sum(p.numel() for p in getattr(svd, part).parameters()) / 1e6 for part in ("unet", "vae", "clip")}
     shown = [key for key in table[0] if key != "command"]
-    width, height = run.config.size
+    (width, height), vae = run.config.size, run.config.vae
+    cell = 2 ** (len(vae.ch_mult) - 1)
     return "\n".join(
         [
             f"# The embedded model `{run.config.name}`",
@@ -425,8 +438,8 @@ def card(run: Run) -> str:
             "",
             f"- made with: {', then '.join(commands)} (minimti {__version__}, PyTorch {torch.__version__})",
             f"- time: {sum(row['minutes'] for row in table) / 60:.2f} hours, encoding clips ahead included",
-            f"- clips: {run.config.num_frames} frames of {width}x{height}; latents of {run.config.vae.z_channels}"
-            " channels, SVD's have 4: with 4 the way a sprite faces blurs",
+            f"- clips: {run.config.num_frames} frames of {width}x{height}; latents of {vae.z_channels} channels in"
+            f" cells of {cell}x{cell} pixels (SVD's: 4 in cells of 8x8)",
             f"- parameters: UNet {millions['unet']:.2f} M, autoencoder {millions['vae']:.2f} M, image tower"
             f" {millions['clip']:.2f} M; averaged over training, stored in fp16",
             "- files: the model in the layout of Stability's `svd.safetensors`, and `words.safetensors`, the table of"
@@ -468,7 +481,7 @@ def pretrain(config: SVDConfig, folder: Path, out: Path, seed: int, scale: float
             if name in FINISH:
                 FINISH[name](run)
             write_model(run, out)
-            run.stage, run.step, run.ema, run.optimiser = run.stage + 1, 0, {}, {}
+            run.stage, run.step, run.ema, run.optimisers = run.stage + 1, 0, {}, []
             run.save()
             record = run.records[run.stage - 1]
             psnr = "" if record.psnr is None else f", held-out PSNR {record.psnr:.1f} dB"

@@ -12,6 +12,8 @@ from minimti.decode import decode
 from minimti.unet import UNet
 from minimti.vae import VAE
 
+GUIDANCE = (1.0, 3.0)  # of the first frame and of the last
+
 
 @dataclass(frozen=True)
 class Conditioning:

@@ -91,10 +91,14 @@ def test_loss_vanishes_for_the_true_v():
 
 
 def test_training_sigma():
-    z = torch.randn(20000, generator=torch.Generator().manual_seed(0))
-    sigma = edm.training_sigma(z, 2.8, 1.6, 700.0)
-    assert sigma.median().item() == pytest.approx(16.4, rel=0.05)
+    quantiles = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    sigma = edm.training_sigma(quantiles, 2.8, 1.6, 700.0)
+    assert sigma.dtype == torch.float32 and sigma.median().item() == pytest.approx(16.4, rel=0.05)
+    assert sigma.log().clamp(max=6).std().item() == pytest.approx(1.6, rel=0.05)
     assert sigma.max() == 700 and 0.005 < (sigma == 700).float().mean() < 0.02
+    assert edm.training_sigma(torch.tensor([0.0, 0.5, 1.0]), 0.0, 1.0, 700.0).log().tolist() == pytest.approx(
+        [-4.75, 0, 4.75], abs=0.01
+    )
 
 
 def test_guidance_rises_over_frames():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_pretrain import FEW, SMALLER
 
-from minimti import cli, evaluate, pretrain, video, weights
+from minimti import cli, evaluate, lab, pretrain, video, weights
 from minimti.config import MODELS
 from minimti.stages import STAGES, pixels
 from minimti.tracker import facing
@@ -19,8 +19,8 @@ TINY = MODELS["tiny"]
 EXPERIMENTS = list(evaluate.EXPERIMENTS)
 
 
-def case(seed: int, **properties) -> evaluate.Case:
-    return evaluate.random_case(np.random.default_rng(seed), TINY, 4, **properties)
+def case(seed: int, **properties) -> lab.Case:
+    return lab.random_case(np.random.default_rng(seed), TINY, 4, **properties)
 
 
 def test_targets_share_nothing_but_the_motion():
@@ -31,29 +31,29 @@ def test_targets_share_nothing_but_the_motion():
             (sprite,) = target.sprites
             assert target.program == drawn.reference.program and sprite.shape != reference.shape
             assert (sprite.facing == reference.facing) == bool(i % 2)
-            assert evaluate.motion_errors(render(target)[None], [target])[0] < 0.1
+            assert lab.motion_errors(render(target)[None], [target])[0] < 0.1
 
 
 def test_a_clip_follows_the_motion_it_shows():
     scene = case(0, program=("forward",) * 7).targets[0]
     mirrored = flip(scene)
-    wanted, other = trajectory(mirrored)[0], evaluate.mirrored_motion(trajectory(scene)[0], mirrored)
-    assert evaluate.follows(render(mirrored), mirrored, wanted, other) is True
+    wanted, other = trajectory(mirrored)[0], lab.mirrored_motion(trajectory(scene)[0], mirrored)
+    assert lab.follows(render(mirrored), mirrored, wanted, other) is True
     backwards = replace(mirrored, program=("backward",) * 7)
-    assert evaluate.follows(render(backwards), mirrored, wanted, other) is False
+    assert lab.follows(render(backwards), mirrored, wanted, other) is False
     lift = case(0, program=("up",) * 7).targets[0]
-    same = evaluate.mirrored_motion(trajectory(lift)[0], flip(lift))
-    assert evaluate.follows(render(flip(lift)), flip(lift), trajectory(flip(lift))[0], same) is None
+    same = lab.mirrored_motion(trajectory(lift)[0], flip(lift))
+    assert lab.follows(render(flip(lift)), flip(lift), trajectory(flip(lift))[0], same) is None
 
 
 def test_the_colour_is_that_of_the_body():
     for seed in range(4):
         scene = case(seed).reference
-        assert np.allclose(evaluate.colour(render(scene), scene), scene.sprites[0].colour, atol=0.01)
+        assert np.allclose(lab.colour(render(scene), scene), scene.sprites[0].colour, atol=0.01)
 
 
 def test_one_set_serves_all_frames():
-    learned = evaluate.OneSet(torch.randn(1, 3, 4), "tiny", TINY.micro, (64, 64), 0, 0, frames=5)
+    learned = lab.OneSet(torch.randn(1, 3, 4), "tiny", TINY.micro, (64, 64), 0, 0, frames=5)
     spatial, temporal = learned.sets
     assert spatial.shape == (1, 5, 3, 4) and temporal.shape == (1, 3, 4)
     assert all(torch.equal(spatial[0, i], learned.tokens[0]) for i in range(5))
@@ -80,7 +80,7 @@ def small(tmp_path_factory):
 def call(small, monkeypatch, capfd):
     """Runs the program on it -> exit code, stdout, stderr."""
     monkeypatch.chdir(small)
-    monkeypatch.setattr(evaluate, "VIEWS", 2)
+    monkeypatch.setattr(lab, "VIEWS", 2)
 
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "tiny.safetensors", *args])
@@ -140,6 +140,6 @@ def test_the_embedded_autoencoder_keeps_motion_and_heading():
         clip = pixels(render(scene))[None]
         out = svd.decode(svd.encode(clip)).clamp(-1, 1)
         again = video.to_bytes(out[0]).numpy()
-        assert evaluate.motion_errors(again[None], [scene])[0] < 0.1
+        assert lab.motion_errors(again[None], [scene])[0] < 0.1
         assert facing(again, scene) > 0.9
         assert -10 * ((out - clip) / 2).square().mean().log10() > 26  # dB
