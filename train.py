@@ -19,9 +19,7 @@ def parse():
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
     cli.add_shared_arguments(parser, default_model="", default_size="the model's, 1024x576 for svd")
-    paper = "its recipe to the letter: twice the steps, noise levels drawn, a constant rate, --cache 0 (default: ours)"
-    add("--paper", action="store_true", help=paper)
-    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 500 for svd)")
+    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 1000 for svd)")
     add("--lr", type=cli.number(0, 100), default=LR, help="Adam's learning rate (default: %(default)s)")
     add(
         "--tokens",
@@ -36,8 +34,10 @@ def parse():
     add("--no-flip", action="store_true", help="never mirror the clip: for motions that have a left and a right")
     add("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
     add("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
-    cache = f"augmented views to encode once and reuse; 0, as in the paper: a fresh one every step (default: {VIEWS})"
-    add("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
+    cache = (
+        "augmented views to encode once and reuse; 0, as in the paper: a fresh one every step (default: %(default)s)"
+    )
+    add("--cache", type=cli.integer(0, 10**5), default=VIEWS, metavar="K", help=cache)
     memory = "how much of the forward pass to keep; the rest is computed again (default: balanced, for tiny everything)"
     add("--memory", choices=MODES, help=memory)
     return parser.parse_args()
@@ -52,9 +52,7 @@ def main() -> None:
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
-    iterations = config.paper_iterations if args.paper else config.paper_iterations // 2
-    steps = iterations if args.steps is None else args.steps
-    num_views = args.cache if args.cache is not None else 0 if args.paper else VIEWS
+    steps = config.num_iterations if args.steps is None else args.steps
     frames = video.read_clip(args.video, num_frames, args.start, args.stride)
     print(
         f"reference  {args.video}: {num_frames} frames from {args.start:g} s, stride {args.stride},"
@@ -73,8 +71,8 @@ def main() -> None:
     del svd.clip  # it has said all it will be asked
 
     views = fresh = partial(view, svd, clip, learned, not args.no_flip)
-    if num_views:
-        cached = [fresh(k) for k in tqdm(range(min(num_views, steps)), desc="encoding")]
+    if args.cache:
+        cached = [fresh(k) for k in tqdm(range(min(args.cache, steps)), desc="encoding")]
         del svd.vae
 
         def views(step: int) -> View:
@@ -84,7 +82,7 @@ def main() -> None:
     cli.compile_if_asked(svd.unet, args.compile, device)
     p_mean = config.p_mean if args.p_mean is None else args.p_mean
     p_std = config.p_std if args.p_std is None else args.p_std
-    losses = invert(svd, views, learned, steps=steps, lr=args.lr, p_mean=p_mean, p_std=p_std, paper=args.paper)
+    losses = invert(svd, views, learned, steps=steps, lr=args.lr, p_mean=p_mean, p_std=p_std)
     recent = deque(maxlen=50)
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     try:

@@ -234,7 +234,7 @@ def prices(cases: dict[str, Case]) -> dict[str, tuple[Price, Price | None]]:
         found[name] = _price(case, ours), None if case.checkpointing is None else _price(case, theirs)
     clip, config = found["encode"][0], cases["encode"].config
     # Views are encoded once, iterations share them; the conditioning image is one frame more.
-    share = VIEWS / config.paper_iterations * (config.num_frames + 1) / config.num_frames
+    share = VIEWS / config.num_iterations * (config.num_frames + 1) / config.num_frames
     found["encode_per_step"] = replace(clip, tflop=clip.tflop * share, traffic_tb=clip.traffic_tb * share), None
     return found
 

@@ -65,7 +65,7 @@ class SVDConfig:
     rho: float  # curvature of the Karras schedule
     p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
     p_std: float
-    paper_iterations: int  # of an inversion, paper B.2; half of them do (invert.py)
+    num_iterations: int  # of an inversion, paper B.2
     micro: MicroConditioning
     unet: UNetConfig
     vae: VAEConfig
@@ -118,7 +118,7 @@ _SVD = SVDConfig(
     rho=7.0,
     p_mean=2.8,
     p_std=1.6,
-    paper_iterations=1000,
+    num_iterations=1000,
     micro=MicroConditioning(fps_id=6, motion_bucket_id=127, cond_aug=0.02),
     unet=UNetConfig(
         in_channels=8,
@@ -144,7 +144,7 @@ _TINY = replace(
     sigma_max=100.0,
     p_mean=1.0,
     p_std=1.4,
-    paper_iterations=300,
+    num_iterations=300,
     unet=UNetConfig(
         in_channels=16,
         out_channels=8,

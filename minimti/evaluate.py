@@ -84,25 +84,14 @@ def ablation(lab: Lab) -> dict:
     return {"error": found[f"15x{NUM_TOKENS}"]["error"], **found}
 
 
-def over_seeds(lab: Lab, form: tuple[int, int] = FORM, **recipe) -> dict:
+def over_seeds(lab: Lab, form: tuple[int, int]) -> dict:
     """The error of some motions' transfer, for each seed of an inversion; and the loss on the targets' true clips."""
     by_seed, losses = [], []
     for seed in range(SEEDS):
-        learned = [(case, lab.learned(case, form, seed, **recipe)) for case in lab.cases[:ABLATED]]
+        learned = [(case, lab.learned(case, form, seed)) for case in lab.cases[:ABLATED]]
         by_seed.append(float(np.mean([lab.transferred(case, tokens) for case, tokens in learned])))
         losses.append(float(np.mean([lab.loss(case.targets, tokens) for case, tokens in learned])))
     return {"error": float(np.mean(by_seed)), "seeds": by_seed, "loss": float(np.mean(losses)), "losses": losses}
-
-
-def recipe(lab: Lab) -> dict:
-    """The paper's optimisation and ours: the same number of steps, and ours with half of them."""
-    found = {
-        "the paper's": over_seeds(lab, effort=2, paper=True),
-        "the paper's, half the steps": over_seeds(lab, paper=True),
-        "ours, half the steps": over_seeds(lab),
-        "ours": over_seeds(lab, effort=2),
-    }
-    return {"error": found["ours, half the steps"]["error"], **found}
 
 
 def flipped(lab: Lab) -> dict:
@@ -212,13 +201,13 @@ def attention(lab: Lab) -> dict:
 
 
 def iterations(lab: Lab) -> dict:
-    """B.2, by the paper's recipe: the error against the steps, with the model's noise levels and with as much more."""
-    steps, curves = sorted({round(2 * share * lab.steps) for share in CURVE}), {}
+    """B.2: the error against the steps, with the model's noise levels and with as much more."""
+    steps, curves = sorted({round(share * lab.steps) for share in CURVE}), {}
     for p_mean in (lab.config.p_mean, lab.config.p_mean + SHIFT):
         errors = [
             [
                 float(np.mean(lab.transferred(case, tokens)))
-                for tokens in snapshots(lab.inversion(case.reference, p_mean=p_mean, effort=2, paper=True), steps)
+                for tokens in snapshots(lab.inversion(case.reference, p_mean=p_mean), steps)
             ]
             for case in lab.cases[:ABLATED]
         ]
@@ -251,7 +240,6 @@ EXPERIMENTS: dict[str, Callable[[Lab], dict]] = {
     "appearance": appearance,
     "kinds": kinds,
     "ablation": ablation,
-    "recipe": recipe,
     "iterations": iterations,
     "unconditional": unconditional,
     "attention": attention,
@@ -305,7 +293,7 @@ def main() -> None:
         raise InputError(f"{checkpoint.path}: its words are not those of words.safetensors beside it")
     make_folder(args.out)
     svd = weights.load(checkpoint, torch.device("cpu"), torch.float32).requires_grad_(False)
-    steps = args.steps or svd.config.paper_iterations // 2
+    steps = args.steps or svd.config.num_iterations
     lab = Lab(svd, table, args.seed, args.motions, args.targets, steps, Path(args.out))
     results = {}
     print("| experiment | figure | mean | spread |\n|---|---|---|---|")

@@ -15,7 +15,6 @@ from minimti.svd import SVD, Conditioning
 View = tuple[Tensor, Conditioning]
 LR = 1e-2  # of Adam, paper B.2
 VIEWS = 25  # augmented views of the clip that steps take turns with, where it is not a fresh one for each
-GOLDEN = (math.sqrt(5) - 1) / 2  # steps of this length cover a circle evenly however many they are
 REPORT = 10  # steps between two looks at the losses: on a GPU every look makes it wait for us
 
 
@@ -31,20 +30,9 @@ def view(svd: SVD, clip: Tensor, learned: Motion, flip: bool, index: int) -> Vie
 
 
 def invert(
-    svd: SVD,
-    views: Callable[[int], View],
-    learned: Motion,
-    *,
-    steps: int,
-    lr: float,
-    p_mean: float,
-    p_std: float,
-    paper: bool = False,
+    svd: SVD, views: Callable[[int], View], learned: Motion, *, steps: int, lr: float, p_mean: float, p_std: float
 ) -> Iterator[float]:
     """Optimises `learned.tokens` in place and yields the loss of every step, some steps late where there is a GPU.
-
-    The paper (`paper`) draws the noise level of every step and keeps the learning rate. Here the levels are spread
-    evenly over the steps, and the rate falls to 0 along half a cosine.
 
     `views` gives the view of a step's number. The draws of a step depend on its number and the seed in `learned` alone.
     Raises FloatingPointError after a loss or a gradient that is not finite, which never enters the tokens.
@@ -52,13 +40,11 @@ def invert(
     svd.requires_grad_(False)
     tokens = learned.tokens.requires_grad_()
     adam = torch.optim.Adam([tokens], lr=lr)
-    start = torch.rand(1, generator=_generator(learned.seed, -1), dtype=torch.float64)
     unseen: list[tuple[int, Tensor, Tensor]] = []  # step, sigma, and the loss on its device
     for step in range(steps):
         x0, cond = views(step)
         generator = _generator(learned.seed, 2 * step + 1)
-        quantile = torch.rand(1, generator=generator) if paper else (start + step * GOLDEN) % 1
-        sigma = edm.training_sigma(quantile, p_mean, p_std, svd.config.sigma_max)
+        sigma = edm.training_sigma(torch.rand(1, generator=generator), p_mean, p_std, svd.config.sigma_max)
         n = torch.randn(x0.shape, generator=generator)
         spatial, temporal = learned.sets
 
@@ -70,7 +56,6 @@ def invert(
         tokens.grad /= x0.numel()
         loss = torch.where(tokens.grad.isfinite().all(), loss.detach(), torch.nan)
         tokens.grad.nan_to_num_(0, 0, 0)
-        adam.param_groups[0]["lr"] = lr if paper else lr * (1 + math.cos(math.pi * step / steps)) / 2
         adam.step()
         learned.steps = step + 1
         unseen.append((learned.steps, sigma, loss))

@@ -153,13 +153,8 @@ class Lab:
         form: tuple[int, int] = FORM,
         seed: int = 0,
         p_mean: float | None = None,
-        effort: float = 1,
-        paper: bool = False,
     ) -> Iterator[Tokens]:
-        """The tokens of the form (F', N) before the first step and after every one.
-
-        effort: multiplies the steps. paper: by its recipe (`invert`), but for the views, which are encoded ahead.
-        """
+        """The tokens of the form (F', N) before the first step and after every one."""
         config, svd = self.config, self.svd
         clip, noise = pixels(render(reference)), torch.Generator().manual_seed(seed)
         tokens = motion.initialise(self.embeddings(reference), form[1], noise)
@@ -169,20 +164,18 @@ class Lab:
         else:
             learned = motion.Motion(tokens, **about)
         cached = [view(svd, clip, learned, True, k) for k in range(VIEWS)]
-        settings = {"steps": round(effort * self.steps), "lr": LR, "p_std": config.p_std, "paper": paper}
+        settings = {"steps": self.steps, "lr": LR, "p_std": config.p_std}
         settings["p_mean"] = config.p_mean if p_mean is None else p_mean
         yield tuple(t.detach().clone() for t in learned.sets)
         for _ in invert(svd, lambda step: cached[step % len(cached)], learned, **settings):
             yield tuple(t.detach().clone() for t in learned.sets)
 
-    def learned(
-        self, case: Case, form: tuple[int, int] = FORM, seed: int = 0, effort: float = 1, paper: bool = False
-    ) -> Tokens:
-        """The motion of a case as an embedding; remembered. Arguments as of `inversion`."""
-        return self._learned(case, form, seed, effort, paper)
+    def learned(self, case: Case, form: tuple[int, int] = FORM, seed: int = 0) -> Tokens:
+        """The motion of a case as an embedding; remembered."""
+        return self._learned(case, form, seed)
 
-    def _invert(self, case: Case, form: tuple[int, int], seed: int, effort: float, paper: bool) -> Tokens:
-        *_, last = self.inversion(case.reference, form, seed, effort=effort, paper=paper)
+    def _invert(self, case: Case, form: tuple[int, int], seed: int) -> Tokens:
+        *_, last = self.inversion(case.reference, form, seed)
         return last
 
     @torch.no_grad()

@@ -98,16 +98,14 @@ def test_training_reports_and_saves(work, call):
     assert (learned.num_frames, learned.size, learned.seed) == (3, (64, 64), 4)
 
 
-def test_the_defaults_of_training(work, call, monkeypatch):
+def test_the_defaults_of_training_are_the_papers(work, call, monkeypatch):
     seen = {}
     monkeypatch.setattr(train, "invert", lambda svd, views, learned, **settings: seen.update(settings) or iter([]))
     monkeypatch.setattr(train, "view", lambda svd, clip, learned, flip, index: seen.update(flip=flip))
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[0] == 0
-    assert seen == {"steps": 500, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "paper": False, "flip": True}
+    assert seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "flip": True}
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--no-flip")[0] == 0
-    assert seen.pop("flip") is False
-    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--paper")[0] == 0
-    assert seen.pop("paper") and seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6}  # no view ahead
+    assert seen["flip"] is False
     monkeypatch.setattr(weights, "find", lambda model: seen.update(model=model) or sys.exit(0))
     monkeypatch.setattr(weights, "automatic", lambda device: f"what suits {device}")
     for program, args in (("train.py", ["ref.mp4"]), ("sample.py", ["img.png"])):
@@ -139,7 +137,7 @@ def test_tokens_begin_as_the_embeddings_of_the_frames(work, call):
 def test_every_setting_of_training_reaches_the_tokens(work, call):
     """Also guards against a learning rate that never reaches the optimiser."""
     tokens = set()
-    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1", "--paper"]
+    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1"]
     settings = [*changes, "--cache 0 --steps 3", "--steps 3", ""]
     for setting in settings:
         args = ("--steps", "2", "--cache", "2", "--out", "set.pt", *setting.split())
@@ -316,11 +314,11 @@ def test_interrupted_training_keeps_its_steps(work, number):
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed) as process:
         seen = b""
-        while b"2/500" not in seen:
+        while b"2/1000" not in seen:
             assert (more := process.stderr.read1()), seen  # it must not end by itself
             seen += more
         process.send_signal(number)
         out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.endswith(b"train.py: error: interrupted\n")
     learned = motion.load(work / "cut.pt")
-    assert 2 <= learned.steps < 500 and f"after {learned.steps} steps" in out.decode()
+    assert 2 <= learned.steps < 1000 and f"after {learned.steps} steps" in out.decode()

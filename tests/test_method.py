@@ -178,9 +178,9 @@ def test_augmentation_mirrors_only_where_it_may():
 # --------------------------------------------------------------------------------------------------------- inversion
 
 
-def inversion(svd, clip, learned, flip=True, lr=1e-2, steps=1, p_mean=0.0, p_std=1.0, paper=False) -> list[float]:
+def inversion(svd, clip, learned, flip=True, lr=1e-2, steps=1, p_mean=0.0, p_std=1.0) -> list[float]:
     views = partial(view, svd, clip, learned, flip)
-    return list(invert(svd, views, learned, steps=steps, lr=lr, p_mean=p_mean, p_std=p_std, paper=paper))
+    return list(invert(svd, views, learned, steps=steps, lr=lr, p_mean=p_mean, p_std=p_std))
 
 
 def test_gradients_reach_every_token_and_no_weight(svd, learned, clip):
@@ -215,31 +215,14 @@ def test_sigma_is_clamped_to_what_the_model_knows(svd, learned, clip, monkeypatc
     assert seen[0].item() == SMALL.sigma_max
 
 
-@pytest.mark.parametrize("paper, way, low, high", [(False, 0.5, 0, 0.03), (True, 1.0, 0.03, 0.2)])
-def test_rate_and_noise_levels(svd, learned, clip, monkeypatch, paper, way, low, high):
-    """Under a gradient that stays, every step of Adam is as long as its rate; sigmas follow their distribution."""
-    seen, steps = [], 100
-    monkeypatch.setattr(edm, "loss", lambda network, x0, sigma, n: seen.append(sigma) or learned.tokens.sum())
-    monkeypatch.setattr(svd, "network", lambda cond: None)
-    before = learned.tokens.clone()
-    once = view(svd, clip, learned, False, 0)
-    list(invert(svd, lambda step: once, learned, steps=steps, lr=1e-2, p_mean=0.0, p_std=1.0, paper=paper))
-    moved = (before - learned.tokens).detach() / (steps * 1e-2)
-    assert torch.allclose(moved, torch.full_like(moved, way), atol=0.01)
-    quantiles = torch.special.ndtr(torch.cat(seen).log()).sort().values
-    apart = (quantiles - (torch.arange(steps) + 0.5) / steps).abs().max()
-    assert low < apart < high
-
-
 def test_set_f_is_of_frame_f(learned):
     spatial, temporal = learned.sets
     assert spatial.shape == (1, F, N, D) and temporal.shape == (1, N, D)
     assert torch.equal(spatial[0], learned.tokens[:F]) and torch.equal(temporal[0], learned.tokens[F])
 
 
-@pytest.mark.parametrize("paper, lr", [(True, 0.1), (False, 0.2)])
-def test_inversion_lowers_the_loss(svd, learned, clip, paper, lr):
-    """On fixed noise, so that the two losses differ by the tokens alone. A falling rate goes half as far."""
+def test_inversion_lowers_the_loss(svd, learned, clip):
+    """On fixed noise, so that the two losses differ by the tokens alone."""
     generator = torch.Generator().manual_seed(5)
     x0 = svd.encode(clip[None])
     sigma, n = torch.tensor([1.0]), torch.randn(x0.shape, generator=generator)
@@ -250,7 +233,7 @@ def test_inversion_lowers_the_loss(svd, learned, clip, paper, lr):
         return edm.loss(svd.network(cond), x0, sigma, n).item()
 
     before = loss()
-    inversion(svd, clip, learned, steps=25, lr=lr, flip=False, p_std=0.5, paper=paper)
+    inversion(svd, clip, learned, steps=25, lr=1e-1, flip=False, p_std=0.5)
     assert learned.steps == 25
     assert loss() < 0.9 * before
 
