@@ -52,7 +52,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:  # as a single token needs no keys, not every batch concerns every matrix
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - MOMENTUM)
                 # Rows as they lie in memory: channels may be innermost.
                 ahead = p.grad.lerp(momentum, MOMENTUM).movedim(1, -1)
