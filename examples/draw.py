@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 SIZE = 256
 CLIPS = {
     "dive": ("fish", ("forward", "forward", "down", "down", "forward", "up", "up")),
-    "somersault": ("car", ("turn", "turn", "turn", "forward", "forward", "turn", "turn")),
+    "wheelie": ("car", ("turn", "turn", "turn", "forward", "forward", "turn", "turn")),
     "breathe": ("airship", ("grow", "grow", "shrink", "shrink", "up", "up", "grow")),
 }
 IMAGES = ("rocket", "boat", "mouse")

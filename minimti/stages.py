@@ -22,11 +22,12 @@ from minimti.words import NUM_SLOTS, Words, word_ids
 from minimti.world import SCALES, SHAPES, SPEED, Scene, flip, habit, random_scene, render, trajectory
 
 KL = 1e-4
+EQUIVARIANCE = 0.2
 SQUARE = 4.0
 ROUGHNESS = 0.3  # the largest deviation of what is added to latents of deviation 1
 LOG_VARIANCE = -6.0  # of latents, at first
 POSED = 0.25  # share of the image tower's pictures whose sprite stands anywhere, as it may in the middle of a clip
-PAIRS, CAMERAS = 0.1, 0.15  # share of the captioned clips with two sprites, and with the camera's words
+PAIRS, CAMERAS = 0.05, 0.1  # share of the captioned clips with two sprites, and with the camera's words
 
 # Condition dropout, for guidance.
 NO_IMAGE, NO_TOKENS, NEITHER = 0.1, 0.1, 0.05
@@ -161,6 +162,19 @@ def picture_loss(out: Tensor, truth: Tensor, dims: tuple[int, ...]) -> Tensor:
     return sum((e.abs() + SQUARE * e.square()).mean() for e in (error, *(error.diff(dim=dim) for dim in dims)))
 
 
+def random_maps(rng: np.random.Generator, batch: int) -> Tensor:
+    """Affine maps [batch, 2, 3] as of `F.affine_grid`: a turn, a scale and a shift, this by up to a tenth of the side."""
+    angle, scale = rng.uniform(-0.5, 0.5, batch), np.exp(rng.uniform(-0.3, 0.3, batch))
+    cos, sin, shift = scale * np.cos(angle), scale * np.sin(angle), rng.uniform(-0.2, 0.2, (2, batch))
+    return torch.from_numpy(np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]]], np.float32)).permute(2, 0, 1)
+
+
+def mapped(pictures: Tensor, maps: Tensor) -> Tensor:
+    """[batch, C, H, W] -> the same shape; what lies outside is what lies inside, mirrored."""
+    grid = F.affine_grid(maps, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, "bicubic", padding_mode="reflection", align_corners=False)
+
+
 def posterior(vae: VAE, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of raw latents, in fp32."""
     mean, log_variance = vae.moments(frames).float().chunk(2, dim=1)
@@ -168,16 +182,27 @@ def posterior(vae: VAE, frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frames_loss(model: Trainee, libraries: dict[str, Library], rng: np.random.Generator, batch: int) -> Tensor:
-    """Autoencoding single frames, two of each clip."""
+    """Autoencoding single frames, two of each clip.
+
+    Half of the pictures are turned, scaled and shifted, and their latents shall change likewise, for the encoder as for
+    the decoder (after EQ-VAE, Kouzelis et al. 2025): else a sprite that moves by half a cell is another code, and to
+    move it is hard to learn.
+    """
     vae, frames = model.svd.vae, []
     for _ in range(batch // 2):
         scene = captioned_scene(rng, model.config)
         frames.append(render(scene)[rng.choice(scene.num_frames, 2, replace=False)])
     frames = pixels(np.concatenate(frames))
-    mean, log_variance = posterior(vae, frames)
+    still = batch // 2  # as many stay as they are
+    maps = random_maps(rng, batch - still)
+    moved = mapped(frames[still:], maps)
+    mean, log_variance = posterior(vae, torch.cat([frames, moved]))
     z = mean + (log_variance / 2).exp() * gaussian(rng, mean.shape)
+    out = decode_frames(vae.decoder, torch.cat([z[:still], mapped(z[still:batch], maps)])).float()
     divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-    return picture_loss(decode_frames(vae.decoder, z).float(), frames, (-1, -2)) + KL * divergence
+    strangeness = (mean[batch:] - mapped(mean[still:batch], maps)).square().mean((0, 2, 3)) / mean.var((0, 2, 3))
+    fidelity = picture_loss(out, torch.cat([frames[:still], moved]), (-1, -2))
+    return fidelity + KL * divergence + EQUIVARIANCE * strangeness.mean()
 
 
 def clips_loss(model: Trainee, libraries: dict[str, Library], rng: np.random.Generator, batch: int) -> Tensor:
@@ -324,9 +349,9 @@ class Stage:
 STAGES = (
     Stage("frames", "autoencoder, on frames", frames_loss, 4000, 8, ("svd.vae",)),
     Stage("clips", "its decoder, on clips", clips_loss, 350, 2, ("svd.vae.decoder",)),
-    Stage("tower", "image tower", tower_loss, 1600, 48, ("svd.clip", "heads")),
-    Stage("captions", "text to video", captions_loss, 3000, 4, ("svd.unet", "words"), ("captions",), False),
-    Stage("images", "image to video", images_loss, 1700, 4, ("svd.unet", "words"), ("captions", "habits")),
+    Stage("tower", "image tower", tower_loss, 3400, 48, ("svd.clip", "heads")),
+    Stage("captions", "text to video", captions_loss, 5400, 4, ("svd.unet", "words"), ("captions",), False),
+    Stage("images", "image to video", images_loss, 3200, 4, ("svd.unet", "words"), ("captions", "habits")),
 )
 CHUNK = 16  # scenes encoded at once; each gives two clips
 CHUNKS = {"captions": 250, "habits": 80}

@@ -16,7 +16,7 @@ from minimti.shapes import REACH, SHAPES, distances
 
 SPEED = 0.055  # of the picture's height, per frame
 GROWTH = np.log(1.06)  # of the size, per frame
-TURN = np.radians(12)  # per frame
+TURN = np.radians(6)  # per frame
 SCALES = (0.6, 1.6)  # a sprite's size in the picture over its size at the start never leaves this range
 USUAL_FRAMES = 14  # the speeds are for this many; a clip of another length runs the same path faster or slower
 
@@ -40,7 +40,7 @@ SPRITE_WORDS, CAMERA_WORDS = WORDS[:8], WORDS[8:]
 
 MIN_SIDE = 48
 LENGTHS = {1: (0.36, 0.48), 2: (0.3, 0.38)}  # of the picture's height, by the number of sprites
-MAX_TILT = np.radians(30)
+MAX_TILT = np.radians(15)
 TRIES = 16
 
 Program = tuple[str, ...]

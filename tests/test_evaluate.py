@@ -11,7 +11,7 @@ from test_pretrain import FEW, SMALLER
 
 from minimti import cli, evaluate, lab, pretrain, video, weights
 from minimti.config import MODELS
-from minimti.stages import STAGES, pixels
+from minimti.stages import STAGES, mapped, pixels
 from minimti.tracker import facing
 from minimti.world import flip, random_scene, render, trajectory
 
@@ -143,3 +143,15 @@ def test_the_embedded_autoencoder_keeps_motion_and_heading():
         assert lab.motion_errors(again[None], [scene])[0] < 0.1
         assert facing(again, scene) > 0.9
         assert -10 * ((out - clip) / 2).square().mean().log10() > 26  # dB
+
+
+@torch.no_grad()
+def test_the_embedded_latents_move_as_pictures_do():
+    """By half a cell: of what changes, all but a small part is a shift."""
+    svd = weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32)
+    frames = lab.first_frames([random_scene(np.random.default_rng(seed)) for seed in range(16)])
+    half = torch.tensor([[1, 0, 2 / 32], [0, 1, 0.0]]).expand(len(frames), -1, -1)
+    before, after = (svd.encode(x[:, None])[:, 0] for x in (frames, mapped(frames, half).clamp(-1, 1)))
+    inside = slice(2, -2)
+    other, all_of_it = ((after - x)[..., inside, inside].square().mean() for x in (mapped(before, half), before))
+    assert other < 0.15 * all_of_it

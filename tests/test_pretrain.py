@@ -177,6 +177,22 @@ def test_the_embedded_model_is_small():
     assert parameters(svd) < 14_500_000
 
 
+def test_maps_move_latents_as_they_move_pictures():
+    """A blob of 4x4 pixels lands on the cell under it: in the middle of the same place at either resolution."""
+    maps = stages.random_maps(np.random.default_rng(0), 8)
+    coarse = torch.zeros(8, 1, 16, 16)
+    coarse[:, :, 6:10, 7:9] = 1
+    fine = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    moved = stages.mapped(coarse, maps), stages.mapped(fine, maps)
+    middles = []
+    for pictures in moved:
+        y, x = (torch.linspace(-1, 1, 2 * n + 1)[1::2] for n in pictures.shape[2:])
+        mass = pictures.sum((1, 2, 3))
+        middles.append(torch.stack([(pictures.sum((1, 2)) * x).sum(1), (pictures.sum((1, 3)) * y).sum(1)]) / mass)
+    assert torch.allclose(*middles, atol=0.02)
+    assert middles[0].std(1).min() > 0.05
+
+
 def test_normalised_latents_have_unit_variance_and_decode_as_before():
     torch.manual_seed(0)
     vae = VAE(SMALLER.vae)
