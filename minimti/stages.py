@@ -163,7 +163,7 @@ def picture_loss(out: Tensor, truth: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def random_maps(rng: np.random.Generator, batch: int) -> Tensor:
-    """Affine maps [batch, 2, 3] as of `F.affine_grid`: a turn, a scale and a shift, this by up to a tenth of the side."""
+    """Affine maps [batch, 2, 3] as of `F.affine_grid`: a turn, a scale, a shift by up to a tenth of the side."""
     angle, scale = rng.uniform(-0.5, 0.5, batch), np.exp(rng.uniform(-0.3, 0.3, batch))
     cos, sin, shift = scale * np.cos(angle), scale * np.sin(angle), rng.uniform(-0.2, 0.2, (2, batch))
     return torch.from_numpy(np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]]], np.float32)).permute(2, 0, 1)
