@@ -171,7 +171,7 @@ def random_maps(rng: np.random.Generator, batch: int) -> Tensor:
 
 def mapped(pictures: Tensor, maps: Tensor) -> Tensor:
     """[batch, C, H, W] -> the same shape; what lies outside is what lies inside, mirrored."""
-    grid = F.affine_grid(maps, list(pictures.shape), align_corners=False)
+    grid = F.affine_grid(maps, pictures.shape, align_corners=False)
     return F.grid_sample(pictures, grid, "bicubic", padding_mode="reflection", align_corners=False)
 
 
@@ -192,16 +192,16 @@ def frames_loss(model: Trainee, libraries: dict[str, Library], rng: np.random.Ge
     for _ in range(batch // 2):
         scene = captioned_scene(rng, model.config)
         frames.append(render(scene)[rng.choice(scene.num_frames, 2, replace=False)])
-    frames = pixels(np.concatenate(frames))
-    still = batch // 2  # as many stay as they are
-    maps = random_maps(rng, batch - still)
-    moved = mapped(frames[still:], maps)
-    mean, log_variance = posterior(vae, torch.cat([frames, moved]))
-    z = mean + (log_variance / 2).exp() * gaussian(rng, mean.shape)
-    out = decode_frames(vae.decoder, torch.cat([z[:still], mapped(z[still:batch], maps)])).float()
+    still, moving = pixels(np.concatenate(frames)).chunk(2)
+    maps = random_maps(rng, len(moving))
+    moved = mapped(moving, maps)
+    mean, log_variance = posterior(vae, torch.cat([still, moving, moved]))
+    z_still, z_moving, _ = (mean + (log_variance / 2).exp() * gaussian(rng, mean.shape)).chunk(3)
+    out = decode_frames(vae.decoder, torch.cat([z_still, mapped(z_moving, maps)])).float()
+    _, before, after = mean.chunk(3)
+    strangeness = (after - mapped(before, maps)).square().mean((0, 2, 3)) / mean.var((0, 2, 3))
     divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-    strangeness = (mean[batch:] - mapped(mean[still:batch], maps)).square().mean((0, 2, 3)) / mean.var((0, 2, 3))
-    fidelity = picture_loss(out, torch.cat([frames[:still], moved]), (-1, -2))
+    fidelity = picture_loss(out, torch.cat([still, moved]), (-1, -2))
     return fidelity + KL * divergence + EQUIVARIANCE * strangeness.mean()
 
 

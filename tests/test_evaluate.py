@@ -131,10 +131,15 @@ def test_impossible_models_are_refused(call, small, monkeypatch):
     assert code == 2 and "32x32 is lower than 48" in error
 
 
+@pytest.fixture(scope="module")
+def svd():
+    """Of the weights in this repository."""
+    return weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32)
+
+
 @torch.no_grad()
-def test_the_embedded_autoencoder_keeps_motion_and_heading():
-    """Of the weights in this repository: what is tracked in a clip that went through it is what was drawn."""
-    svd = weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32)
+def test_the_embedded_autoencoder_keeps_motion_and_heading(svd):
+    """What is tracked in a clip that went through it is what was drawn."""
     for seed in range(4):
         scene = random_scene(np.random.default_rng(seed))
         clip = pixels(render(scene))[None]
@@ -146,9 +151,8 @@ def test_the_embedded_autoencoder_keeps_motion_and_heading():
 
 
 @torch.no_grad()
-def test_the_embedded_latents_move_as_pictures_do():
+def test_the_embedded_latents_move_as_pictures_do(svd):
     """By half a cell: of what changes, all but a small part is a shift."""
-    svd = weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32)
     frames = lab.first_frames([random_scene(np.random.default_rng(seed)) for seed in range(16)])
     half = torch.tensor([[1, 0, 2 / 32], [0, 1, 0.0]]).expand(len(frames), -1, -1)
     before, after = (svd.encode(x[:, None])[:, 0] for x in (frames, mapped(frames, half).clamp(-1, 1)))

@@ -137,6 +137,14 @@ def test_a_finished_model_is_trained_further(finished, tmp_path):
         pretrain.pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["images"])
 
 
+def test_the_embedded_model_can_be_trained_further(tmp_path):
+    """Its card goes on where it ends."""
+    run = pretrain.begin(TINY, tmp_path, weights.WEIGHTS / "tiny", 0, 1, ["captions"])
+    run.records = [pretrain.Record([1.0])]
+    *_, last, _ = pretrain.card(run).split("\n")
+    assert last.startswith("| captions: text to video | 1 | 4 |") and len(run.history) > 0
+
+
 def test_a_folder_belongs_to_one_run(finished, tmp_path):
     _, folder = finished
     with pytest.raises(InputError, match="holds a run of --seed 0 --scale 1e-06"):
