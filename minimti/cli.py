@@ -118,7 +118,7 @@ def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line."""
     prog = sys.argv[0].rsplit("/", 1)[-1]
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except InputError as error:
@@ -127,6 +127,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(_say(prog, str(error).splitlines()[0], 1))
     except KeyboardInterrupt:
         sys.exit(_say(prog, "interrupted", 130))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(0)
 
 

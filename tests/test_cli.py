@@ -306,6 +306,12 @@ def test_bad_input_is_one_line_of_the_process_too(work):
     assert done.stderr == "sample.py: error: img.png: not a motion-text embedding written by train.py\n"
 
 
+def test_a_program_leaves_signals_as_they_were(call):
+    before = signal.getsignal(signal.SIGTERM)
+    assert call("sample.py", "--seed", "-1", "img.png")[0] == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_keeps_its_steps(work, number):
     """Ctrl-C after some steps: the embedding is there and says how many."""
