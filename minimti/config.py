@@ -63,7 +63,7 @@ class SVDConfig:
     sigma_min: float
     sigma_max: float
     rho: float  # curvature of the Karras schedule
-    p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
+    p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2; so does pretrain.py
     p_std: float
     num_iterations: int  # of an inversion, paper B.2
     micro: MicroConditioning
@@ -143,8 +143,8 @@ _TINY = replace(
     num_steps=12,
     sigma_min=0.02,
     sigma_max=100.0,
-    p_mean=1.0,
-    p_std=1.4,
+    p_mean=2.0,
+    p_std=1.5,
     num_iterations=300,
     unet=UNetConfig(
         in_channels=16,
