@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_pretrain import FEW, SMALLER
 
-from minimti import cli, evaluate, lab, pretrain, video, weights
+from minimti import cli, evaluate, lab, pretrain, video, weights, words
 from minimti.config import MODELS
 from minimti.stages import STAGES, mapped, pixels
 from minimti.tracker import facing
@@ -135,6 +135,17 @@ def test_impossible_models_are_refused(call, small, monkeypatch):
 def svd():
     """Of the weights in this repository."""
     return weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.full
+def test_a_motion_is_transferred_by_the_embedded_weights(svd, tmp_path):
+    """A long way up, of the first eight motions the one that these weights transfer best."""
+    table = words.load(weights.WEIGHTS / "tiny" / "words.safetensors")
+    bench = lab.Lab(svd.requires_grad_(False), table, 0, 6, 4, TINY.num_iterations, tmp_path)
+    upwards = bench.cases[5]
+    errors = bench.transferred(upwards, bench.learned(upwards))
+    print(*(f"{error:.2f}" for error in errors))
+    assert np.mean(errors) < 0.5
 
 
 @torch.no_grad()
