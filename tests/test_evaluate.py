@@ -134,14 +134,14 @@ def test_impossible_models_are_refused(call, small, monkeypatch):
 @pytest.fixture(scope="module")
 def svd():
     """Of the weights in this repository."""
-    return weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32)
+    return weights.load(weights.find("tiny"), torch.device("cpu"), torch.float32).requires_grad_(False)
 
 
 @pytest.mark.full
 def test_a_motion_is_transferred_by_the_embedded_weights(svd, tmp_path):
     """A long way up, of the first eight motions the one that these weights transfer best."""
     table = words.load(weights.WEIGHTS / "tiny" / "words.safetensors")
-    bench = lab.Lab(svd.requires_grad_(False), table, 0, 6, 4, TINY.num_iterations, tmp_path)
+    bench = lab.Lab(svd, table, 0, 6, 4, TINY.num_iterations, tmp_path)
     upwards = bench.cases[5]
     errors = bench.transferred(upwards, bench.learned(upwards))
     print(*(f"{error:.2f}" for error in errors))
