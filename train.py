@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minimti import cli, motion, video, weights
 from minimti.files import check_writable, existing
-from minimti.invert import LR, VIEWS, View, invert, view
+from minimti.invert import LR, PAPER_LR, SAVING, VIEWS, View, invert, view
 from minimti.memory import MODES, set_mode
 
 
@@ -19,8 +19,10 @@ def parse():
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
     cli.add_shared_arguments(parser, default_model="", default_size="the model's, 1024x576 for svd")
-    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 1000 for svd)")
-    add("--lr", type=cli.number(0, 100), default=LR, help="Adam's learning rate (default: %(default)s)")
+    paper = "optimise exactly as the paper: Adam, independent sigmas, twice the steps, a fresh view in every one"
+    add("--paper", action="store_true", help=paper)
+    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 500 for svd)")
+    add("--lr", type=cli.number(0, 100), help=f"learning rate (default: {LR}, falling to 0; with --paper {PAPER_LR})")
     add(
         "--tokens",
         type=cli.integer(1, 1000),
@@ -34,10 +36,8 @@ def parse():
     add("--no-flip", action="store_true", help="never mirror the clip: for motions that have a left and a right")
     add("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
     add("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
-    cache = (
-        "augmented views to encode once and reuse; 0, as in the paper: a fresh one every step (default: %(default)s)"
-    )
-    add("--cache", type=cli.integer(0, 10**5), default=VIEWS, metavar="K", help=cache)
+    cache = f"augmented views to encode once and reuse; 0: a fresh one every step (default: {VIEWS}, with --paper 0)"
+    add("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
     memory = "how much of the forward pass to keep; the rest is computed again (default: balanced, for tiny everything)"
     add("--memory", choices=MODES, help=memory)
     return parser.parse_args()
@@ -52,7 +52,12 @@ def main() -> None:
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
-    steps = config.num_iterations if args.steps is None else args.steps
+    default_steps, default_lr, default_cache = (
+        (config.num_iterations, PAPER_LR, 0) if args.paper else (config.num_iterations // SAVING, LR, VIEWS)
+    )
+    steps = default_steps if args.steps is None else args.steps
+    lr = default_lr if args.lr is None else args.lr
+    cache = default_cache if args.cache is None else args.cache
     frames = video.read_clip(args.video, num_frames, args.start, args.stride)
     print(
         f"reference  {args.video}: {num_frames} frames from {args.start:g} s, stride {args.stride},"
@@ -71,8 +76,8 @@ def main() -> None:
     del svd.clip  # it has said all it will be asked
 
     views = fresh = partial(view, svd, clip, learned, not args.no_flip)
-    if args.cache:
-        cached = [fresh(k) for k in tqdm(range(min(args.cache, steps)), desc="encoding")]
+    if cache:
+        cached = [fresh(k) for k in tqdm(range(min(cache, steps)), desc="encoding")]
         del svd.vae
 
         def views(step: int) -> View:
@@ -82,7 +87,7 @@ def main() -> None:
     cli.compile_if_asked(svd.unet, args.compile, device)
     p_mean = config.p_mean if args.p_mean is None else args.p_mean
     p_std = config.p_std if args.p_std is None else args.p_std
-    losses = invert(svd, views, learned, steps=steps, lr=args.lr, p_mean=p_mean, p_std=p_std)
+    losses = invert(svd, views, learned, steps=steps, lr=lr, p_mean=p_mean, p_std=p_std, paper=args.paper)
     recent = deque(maxlen=50)
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     try:

@@ -65,7 +65,7 @@ class SVDConfig:
     rho: float  # curvature of the Karras schedule
     p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2; so does pretrain.py
     p_std: float
-    num_iterations: int  # of an inversion, paper B.2
+    num_iterations: int  # of an inversion by the paper's recipe, B.2
     micro: MicroConditioning
     unet: UNetConfig
     vae: VAEConfig

@@ -10,10 +10,14 @@ from torch import Tensor
 from minimti import edm
 from minimti.augment import augment
 from minimti.motion import Motion
+from minimti.muon import Muon
 from minimti.svd import SVD, Conditioning
 
 View = tuple[Tensor, Conditioning]
-LR = 1e-2  # of Adam, paper B.2
+LR, MOMENTUM = 0.2, 0.9  # of Muon
+PAPER_LR = 1e-2  # of Adam, paper B.2
+SAVING = 2  # the steps of the paper's recipe over those of ours
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread however many there are
 VIEWS = 25  # augmented views of the clip that steps take turns with, where it is not a fresh one for each
 REPORT = 10  # steps between two looks at the losses: on a GPU every look makes it wait for us
 
@@ -30,33 +34,50 @@ def view(svd: SVD, clip: Tensor, learned: Motion, flip: bool, index: int) -> Vie
 
 
 def invert(
-    svd: SVD, views: Callable[[int], View], learned: Motion, *, steps: int, lr: float, p_mean: float, p_std: float
+    svd: SVD,
+    views: Callable[[int], View],
+    learned: Motion,
+    *,
+    steps: int,
+    lr: float,
+    p_mean: float,
+    p_std: float,
+    paper: bool = False,
 ) -> Iterator[float]:
     """Optimises `learned.tokens` in place and yields the loss of every step, some steps late where there is a GPU.
+
+    By Muon, the rate falling from `lr` to 0 along half a cosine, on evenly spread sigmas; with `paper` as in B.2, by
+    Adam at a constant rate, on independent sigmas, for which it takes SAVING times the steps.
 
     `views` gives the view of a step's number. The draws of a step depend on its number and the seed in `learned` alone.
     Raises FloatingPointError after a loss or a gradient that is not finite, which never enters the tokens.
     """
     svd.requires_grad_(False)
     tokens = learned.tokens.requires_grad_()
-    adam = torch.optim.Adam([tokens], lr=lr)
+    rows = tokens.detach().view(-1, tokens.shape[-1])  # the same numbers as a matrix, a row for each token of each set
+    optimiser = torch.optim.Adam([rows], lr) if paper else Muon([rows], lr, momentum=MOMENTUM)
+    first = torch.rand(1, generator=_generator(learned.seed, 1))
     unseen: list[tuple[int, Tensor, Tensor]] = []  # step, sigma, and the loss on its device
     for step in range(steps):
         x0, cond = views(step)
         generator = _generator(learned.seed, 2 * step + 1)
-        sigma = edm.training_sigma(torch.rand(1, generator=generator), p_mean, p_std, svd.config.sigma_max)
+        independent = torch.rand(1, generator=generator)
+        quantile = independent if paper else (first + step * GOLDEN) % 1
+        sigma = edm.training_sigma(quantile, p_mean, p_std, svd.config.sigma_max)
         n = torch.randn(x0.shape, generator=generator)
         spatial, temporal = learned.sets
 
         cond = replace(cond, spatial=spatial, temporal=temporal)
         loss = edm.loss(svd.network(cond), x0, sigma.to(x0), n.to(x0))
-        adam.zero_grad()
+        tokens.grad = None
         # The mean over so many elements would leave gradients too small for half precision inside the network.
         (loss * x0.numel()).backward()
         tokens.grad /= x0.numel()
         loss = torch.where(tokens.grad.isfinite().all(), loss.detach(), torch.nan)
-        tokens.grad.nan_to_num_(0, 0, 0)
-        adam.step()
+        rows.grad = tokens.grad.nan_to_num_(0, 0, 0).view_as(rows)
+        if not paper:
+            optimiser.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        optimiser.step()
         learned.steps = step + 1
         unseen.append((learned.steps, sigma, loss))
         if loss.device.type == "cpu" or len(unseen) == REPORT or learned.steps == steps:

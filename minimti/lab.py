@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimti import edm, motion, video, words
 from minimti.config import SVDConfig
-from minimti.invert import LR, VIEWS, invert, view
+from minimti.invert import LR, PAPER_LR, SAVING, VIEWS, invert, view
 from minimti.motion import NUM_TOKENS
 from minimti.stages import first_frame, pixels
 from minimti.svd import GUIDANCE, SVD, Conditioning
@@ -153,8 +153,9 @@ class Lab:
         form: tuple[int, int] = FORM,
         seed: int = 0,
         p_mean: float | None = None,
+        paper: bool = False,
     ) -> Iterator[Tokens]:
-        """The tokens of the form (F', N) before the first step and after every one."""
+        """The tokens of the form (F', N) before the first step and after every one; by the paper's recipe if asked."""
         config, svd = self.config, self.svd
         clip, noise = pixels(render(reference)), torch.Generator().manual_seed(seed)
         tokens = motion.initialise(self.embeddings(reference), form[1], noise)
@@ -164,18 +165,18 @@ class Lab:
         else:
             learned = motion.Motion(tokens, **about)
         cached = [view(svd, clip, learned, True, k) for k in range(VIEWS)]
-        settings = {"steps": self.steps, "lr": LR, "p_std": config.p_std}
-        settings["p_mean"] = config.p_mean if p_mean is None else p_mean
+        settings = {"p_mean": config.p_mean if p_mean is None else p_mean, "p_std": config.p_std, "paper": paper}
+        settings |= {"steps": self.steps * SAVING, "lr": PAPER_LR} if paper else {"steps": self.steps, "lr": LR}
         yield tuple(t.detach().clone() for t in learned.sets)
         for _ in invert(svd, lambda step: cached[step % len(cached)], learned, **settings):
             yield tuple(t.detach().clone() for t in learned.sets)
 
-    def learned(self, case: Case, form: tuple[int, int] = FORM, seed: int = 0) -> Tokens:
+    def learned(self, case: Case, form: tuple[int, int] = FORM, seed: int = 0, paper: bool = False) -> Tokens:
         """The motion of a case as an embedding; remembered."""
-        return self._learned(case, form, seed)
+        return self._learned(case, form, seed, paper)
 
-    def _invert(self, case: Case, form: tuple[int, int], seed: int) -> Tokens:
-        *_, last = self.inversion(case.reference, form, seed)
+    def _invert(self, case: Case, form: tuple[int, int], seed: int, paper: bool) -> Tokens:
+        *_, last = self.inversion(case.reference, form, seed, paper=paper)
         return last
 
     @torch.no_grad()

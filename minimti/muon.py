@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 SIDE = 16  # rows and columns from which a weight counts as a matrix
-MOMENTUM = 0.95
 RMS = 0.2  # of an update's elements over the learning rate, about Adam's: both share a rate (Liu et al. 2025)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # bring singular values near 1 within ITERATIONS, rather than exactly to it
 ITERATIONS = 5
@@ -43,8 +42,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For matrices, with decoupled weight decay and Nesterov's momentum."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -54,10 +53,10 @@ class Muon(torch.optim.Optimizer):
                     continue
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 1 - MOMENTUM)
+                mean = self.state[p]["momentum"]
+                mean.lerp_(p.grad, 1 - group["momentum"])
                 # Rows as they lie in memory: channels may be innermost.
-                ahead = p.grad.lerp(momentum, MOMENTUM).movedim(1, -1)
+                ahead = p.grad.lerp(mean, group["momentum"]).movedim(1, -1)
                 matrix = ahead.flatten(1)
                 update = orthogonalised(matrix) * (RMS * max(matrix.shape) ** 0.5)
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -98,12 +98,16 @@ def test_training_reports_and_saves(work, call):
     assert (learned.num_frames, learned.size, learned.seed) == (3, (64, 64), 4)
 
 
-def test_the_defaults_of_training_are_the_papers(work, call, monkeypatch):
+def test_the_defaults_of_training(work, call, monkeypatch):
+    """Half the paper's steps on cached views; with --paper its recipe."""
     seen = {}
     monkeypatch.setattr(train, "invert", lambda svd, views, learned, **settings: seen.update(settings) or iter([]))
     monkeypatch.setattr(train, "view", lambda svd, clip, learned, flip, index: seen.update(flip=flip))
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[0] == 0
-    assert seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "flip": True}
+    assert seen == {"steps": 500, "lr": 0.2, "p_mean": 2.8, "p_std": 1.6, "paper": False, "flip": True}
+    seen.clear()
+    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--paper")[0] == 0
+    assert seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "paper": True}  # no view ahead of its step
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--no-flip")[0] == 0
     assert seen["flip"] is False
     monkeypatch.setattr(weights, "find", lambda model: seen.update(model=model) or sys.exit(0))
@@ -137,7 +141,7 @@ def test_tokens_begin_as_the_embeddings_of_the_frames(work, call):
 def test_every_setting_of_training_reaches_the_tokens(work, call):
     """Also guards against a learning rate that never reaches the optimiser."""
     tokens = set()
-    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1"]
+    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1", "--paper"]
     settings = [*changes, "--cache 0 --steps 3", "--steps 3", ""]
     for setting in settings:
         args = ("--steps", "2", "--cache", "2", "--out", "set.pt", *setting.split())
@@ -315,7 +319,8 @@ def test_a_program_leaves_signals_as_they_were(call):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_keeps_its_steps(work, number):
     """Ctrl-C after some steps: the embedding is there and says how many."""
-    args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", *SMALL_FILE, "--out", "cut.pt", "--cache", "2"]
+    args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", *SMALL_FILE, "--out", "cut.pt"]
+    args += ["--cache", "2", "--steps", "1000"]
     # A test run in the background of a script has SIGINT ignored, and hands that down.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed) as process:

@@ -11,6 +11,7 @@ from test_pretrain import FEW, SMALLER
 
 from minimti import cli, evaluate, lab, pretrain, video, weights, words
 from minimti.config import MODELS
+from minimti.invert import SAVING
 from minimti.stages import STAGES, mapped, pixels
 from minimti.tracker import facing
 from minimti.world import flip, random_scene, render, trajectory
@@ -97,7 +98,7 @@ def test_every_experiment_runs_and_says_what_it_found(call, small):
     assert code == 0, error
     found = json.loads((small / "found.json").read_text())
     assert list(found) == EXPERIMENTS
-    for name in ("caption", "transfer", "baselines", "appearance", "kinds", "ablation", "iterations"):
+    for name in ("caption", "transfer", "baselines", "appearance", "kinds", "ablation", "optimiser", "iterations"):
         assert found[name]["error"] >= 0 and f"| {name} | error | {found[name]['error']:.2f} |" in out
     for name in ("flip", "swap"):
         assert found[name]["rate"] is None or 0 <= found[name]["rate"] <= 1
@@ -141,7 +142,7 @@ def svd():
 def test_a_motion_is_transferred_by_the_embedded_weights(svd, tmp_path):
     """A long way up, of the first eight motions the one that these weights transfer best."""
     table = words.load(weights.WEIGHTS / "tiny" / "words.safetensors")
-    bench = lab.Lab(svd, table, 0, 6, 4, TINY.num_iterations, tmp_path)
+    bench = lab.Lab(svd, table, 0, 6, 4, TINY.num_iterations // SAVING, tmp_path)
     upwards = bench.cases[5]
     errors = bench.transferred(upwards, bench.learned(upwards))
     print(*(f"{error:.2f}" for error in errors))

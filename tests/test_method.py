@@ -1,7 +1,9 @@
 """Properties of the networks and of motion-textual inversion that need no reference implementation."""
 
+import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -178,17 +180,59 @@ def test_augmentation_mirrors_only_where_it_may():
 # --------------------------------------------------------------------------------------------------------- inversion
 
 
-def inversion(svd, clip, learned, flip=True, lr=1e-2, steps=1, p_mean=0.0, p_std=1.0) -> list[float]:
+def inversion(svd, clip, learned, flip=True, **settings) -> list[float]:
     views = partial(view, svd, clip, learned, flip)
-    return list(invert(svd, views, learned, steps=steps, lr=lr, p_mean=p_mean, p_std=p_std))
+    return list(invert(svd, views, learned, **{"steps": 1, "lr": 1e-2, "p_mean": 0.0, "p_std": 1.0} | settings))
 
 
 def test_gradients_reach_every_token_and_no_weight(svd, learned, clip):
     before = learned.tokens.clone()
     assert len(inversion(svd, clip, learned)) == 1 and learned.steps == 1
     assert (learned.tokens.grad.abs().amax(dim=-1) > 0).all()
-    assert (learned.tokens - before).abs().median().item() == pytest.approx(1e-2, rel=1e-3)  # Adam's first step is lr
+    assert ((learned.tokens - before).abs().amax(dim=-1) > 0).all()
     assert all(parameter.grad is None for parameter in svd.parameters())
+
+
+def test_the_papers_recipe(svd, learned, clip, monkeypatch):
+    """Adam, whose first step is the rate and whose rate does not fall, on independent sigmas."""
+    before = learned.tokens.clone()
+    inversion(svd, clip, learned, paper=True)
+    assert (learned.tokens - before).abs().median().item() == pytest.approx(1e-2, rel=1e-3)
+    travelled, sigmas = course(svd, learned, clip, monkeypatch, paper=True)
+    assert travelled[-1] == pytest.approx(travelled[0], rel=1e-3)
+    assert largest_gap(sigmas) > 2 / len(sigmas)
+
+
+def test_our_recipe(svd, learned, clip, monkeypatch):
+    """Muon at a rate that falls along half a cosine, on evenly spread sigmas."""
+    travelled, sigmas = course(svd, learned, clip, monkeypatch)
+    for step in (16, 32, 63):
+        expected = (1 + math.cos(math.pi * step / 64)) / 2
+        assert travelled[step] / travelled[0] == pytest.approx(expected, rel=1e-2)
+    assert largest_gap(sigmas) < 2 / len(sigmas)
+
+
+def course(svd, learned, clip, monkeypatch, **settings):
+    """Of 64 steps along one direction: how far each goes, and its sigma as a share of its distribution."""
+    direction = torch.randn(learned.tokens.shape, generator=torch.Generator().manual_seed(0))
+    places, sigmas = [], []
+
+    def loss(network, x0, sigma, n):
+        places.append(learned.tokens.detach().clone())
+        sigmas.append(sigma.item())
+        return (learned.tokens * direction).sum()
+
+    monkeypatch.setattr(edm, "loss", loss)
+    constant = view(svd, clip, learned, False, 0)
+    list(invert(svd, lambda _: constant, learned, steps=64, lr=1.0, p_mean=0.0, p_std=1.0, **settings))
+    places.append(learned.tokens.detach())
+    travelled = [(after - before).norm().item() for before, after in pairwise(places)]
+    return travelled, torch.special.ndtr(torch.tensor(sigmas).log())
+
+
+def largest_gap(shares):
+    ordered = torch.cat([torch.zeros(1), shares.sort().values, torch.ones(1)])
+    return ordered.diff().max().item()
 
 
 def test_a_view_is_of_the_augmented_clip(svd, learned, clip, monkeypatch):
@@ -233,7 +277,7 @@ def test_inversion_lowers_the_loss(svd, learned, clip):
         return edm.loss(svd.network(cond), x0, sigma, n).item()
 
     before = loss()
-    inversion(svd, clip, learned, steps=25, lr=1e-1, flip=False, p_std=0.5)
+    inversion(svd, clip, learned, steps=25, lr=1.0, flip=False, p_std=0.5)
     assert learned.steps == 25
     assert loss() < 0.9 * before
 
