@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minimti import cli, motion, video, weights
 from minimti.files import check_writable, existing
-from minimti.invert import LR, PAPER_LR, SAVING, VIEWS, View, invert, view
+from minimti.invert import LR, PAPER_LR, VIEWS, View, invert, recipe, view
 from minimti.memory import MODES, set_mode
 
 
@@ -52,12 +52,10 @@ def main() -> None:
     config = checkpoint.config
     size = cli.checked_size(args.size or config.size, config)
     num_frames = args.frames or config.num_frames
-    default_steps, default_lr, default_cache = (
-        (config.num_iterations, PAPER_LR, 0) if args.paper else (config.num_iterations // SAVING, LR, VIEWS)
-    )
-    steps = default_steps if args.steps is None else args.steps
-    lr = default_lr if args.lr is None else args.lr
-    cache = default_cache if args.cache is None else args.cache
+    asked = {"steps": args.steps, "lr": args.lr, "p_mean": args.p_mean, "p_std": args.p_std}
+    settings = recipe(config, args.paper) | {name: value for name, value in asked.items() if value is not None}
+    steps = settings["steps"]
+    cache = args.cache if args.cache is not None else 0 if args.paper else VIEWS
     frames = video.read_clip(args.video, num_frames, args.start, args.stride)
     print(
         f"reference  {args.video}: {num_frames} frames from {args.start:g} s, stride {args.stride},"
@@ -85,9 +83,7 @@ def main() -> None:
 
     set_mode(svd.unet, args.memory or (None if config.name == "tiny" else "balanced"))
     cli.compile_if_asked(svd.unet, args.compile, device)
-    p_mean = config.p_mean if args.p_mean is None else args.p_mean
-    p_std = config.p_std if args.p_std is None else args.p_std
-    losses = invert(svd, views, learned, steps=steps, lr=lr, p_mean=p_mean, p_std=p_std, paper=args.paper)
+    losses = invert(svd, views, learned, **settings)
     recent = deque(maxlen=50)
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from minimti import cli, figures, weights, words
 from minimti.attention import TransformerBlock
 from minimti.files import InputError, check_writable, make_folder, whole_file
-from minimti.invert import SAVING
+from minimti.invert import SAVING, recipe
 from minimti.lab import (
     FORM,
     Case,
@@ -304,7 +304,7 @@ def main() -> None:
         raise InputError(f"{checkpoint.path}: its words are not those of words.safetensors beside it")
     make_folder(args.out)
     svd = weights.load(checkpoint, torch.device("cpu"), torch.float32).requires_grad_(False)
-    steps = args.steps or svd.config.num_iterations // SAVING
+    steps = args.steps or recipe(svd.config)["steps"]
     lab = Lab(svd, table, args.seed, args.motions, args.targets, steps, Path(args.out))
     results = {}
     print("| experiment | figure | mean | spread |\n|---|---|---|---|")

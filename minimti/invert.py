@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minimti import edm
 from minimti.augment import augment
+from minimti.config import SVDConfig
 from minimti.motion import Motion
 from minimti.muon import Muon
 from minimti.svd import SVD, Conditioning
@@ -31,6 +32,12 @@ def view(svd: SVD, clip: Tensor, learned: Motion, flip: bool, index: int) -> Vie
     frames = augment(clip, generator, flip)
     with torch.no_grad():
         return svd.encode(frames[None]), svd.prepare(frames[:1], learned.sets, learned.micro, generator)
+
+
+def recipe(config: SVDConfig, paper: bool = False) -> dict:
+    """The settings of `invert` for a model: ours, or those of paper B.2."""
+    steps, lr = (config.num_iterations, PAPER_LR) if paper else (config.num_iterations // SAVING, LR)
+    return {"steps": steps, "lr": lr, "p_mean": config.p_mean, "p_std": config.p_std, "paper": paper}
 
 
 def invert(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimti import edm, motion, video, words
 from minimti.config import SVDConfig
-from minimti.invert import LR, PAPER_LR, SAVING, VIEWS, invert, view
+from minimti.invert import SAVING, VIEWS, invert, recipe, view
 from minimti.motion import NUM_TOKENS
 from minimti.stages import first_frame, pixels
 from minimti.svd import GUIDANCE, SVD, Conditioning
@@ -165,8 +165,9 @@ class Lab:
         else:
             learned = motion.Motion(tokens, **about)
         cached = [view(svd, clip, learned, True, k) for k in range(VIEWS)]
-        settings = {"p_mean": config.p_mean if p_mean is None else p_mean, "p_std": config.p_std, "paper": paper}
-        settings |= {"steps": self.steps * SAVING, "lr": PAPER_LR} if paper else {"steps": self.steps, "lr": LR}
+        settings = recipe(config, paper) | {"steps": self.steps * SAVING if paper else self.steps}
+        if p_mean is not None:
+            settings["p_mean"] = p_mean
         yield tuple(t.detach().clone() for t in learned.sets)
         for _ in invert(svd, lambda step: cached[step % len(cached)], learned, **settings):
             yield tuple(t.detach().clone() for t in learned.sets)

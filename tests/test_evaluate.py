@@ -11,7 +11,7 @@ from test_pretrain import FEW, SMALLER
 
 from minimti import cli, evaluate, lab, pretrain, video, weights, words
 from minimti.config import MODELS
-from minimti.invert import SAVING
+from minimti.invert import recipe
 from minimti.stages import STAGES, mapped, pixels
 from minimti.tracker import facing
 from minimti.world import flip, random_scene, render, trajectory
@@ -142,7 +142,7 @@ def svd():
 def test_a_motion_is_transferred_by_the_embedded_weights(svd, tmp_path):
     """A long way up, of the first eight motions the one that these weights transfer best."""
     table = words.load(weights.WEIGHTS / "tiny" / "words.safetensors")
-    bench = lab.Lab(svd, table, 0, 6, 4, TINY.num_iterations // SAVING, tmp_path)
+    bench = lab.Lab(svd, table, 0, 6, 4, recipe(TINY)["steps"], tmp_path)
     upwards = bench.cases[5]
     errors = bench.transferred(upwards, bench.learned(upwards))
     print(*(f"{error:.2f}" for error in errors))
