@@ -59,6 +59,8 @@ def main() -> None:
     learned = None if args.emb is None else motion.load(args.emb)
     if not args.images and not (args.unconditional and learned):
         raise InputError("name an IMAGE to move (only --unconditional with --emb does without)")
+    if args.unconditional and learned and len(args.images) > 1:
+        raise InputError("--unconditional: an embedding makes the same video without any of the images; name one")
     images = [video.read_image(path) for path in args.images]
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
     if learned and args.model is None and learned.model not in MODELS:

@@ -257,6 +257,7 @@ SAMPLE = [
     (["--emb", "m.pt", "ref.mp4"], "ref.mp4: cannot be read as an image"),
     (["--emb", "m.pt"], "name an IMAGE to move"),
     (["--unconditional"], "name an IMAGE to move"),
+    (["--emb", "m.pt", "img.png", "second.png", "--unconditional"], "the same video without any of the images"),
     (["--emb", "img.png", "img.png"], "img.png: not a motion-text embedding written by train.py"),
     (["--emb", "code.pt", "img.png"], "code.pt: not a motion-text embedding"),
     (["--emb", "odd.pt", "img.png"], "an embedding of odd shape"),
