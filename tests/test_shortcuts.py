@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from official import SMALL, fill_by_name
 from torch import Tensor
 
-from minimti.attention import CrossAttention, SelfAttentionOverTime
+from minimti.attention import FEW_SCORES, CrossAttention, SelfAttention, SelfAttentionOverTime
 from minimti.layers import Conv3x3, ConvOverTime, clips_of, frames_of
 from minimti.svd import SVD, Conditioning
 from minimti.unet import UNet
@@ -38,17 +38,26 @@ def test_projections_applied_to_the_tokens(sets, num_tokens, heads, positions):
     assert close(*(torch.autograd.grad((out * weight).sum(), tokens)[0] for out in (ours, plain)))
 
 
+@pytest.mark.parametrize("few_scores", [0, FEW_SCORES])
 @torch.no_grad()
 @given(batch=st.integers(1, 2), num_frames=st.integers(1, 5), positions=st.integers(1, 4))
-def test_attention_over_time_is_among_the_frames_of_a_position(batch, num_frames, positions):
-    layer = SelfAttentionOverTime(16, head_dim=8).double()
+def test_self_attention_of_either_kind_fused_or_not(few_scores, batch, num_frames, positions):
+    """Among the positions of a frame, and among the frames of a position."""
+    over_space, over_time = (kind(16, head_dim=8).double() for kind in (SelfAttention, SelfAttentionOverTime))
     x = torch.randn(batch, num_frames, positions, 16, dtype=torch.float64)
-    ours = layer(x.flatten(0, 1), num_frames).view(x.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minimti.attention.FEW_SCORES", few_scores)
+        spatial, temporal = (layer(x.flatten(0, 1), num_frames).view(x.shape) for layer in (over_space, over_time))
     for b in range(batch):
+        for f in range(num_frames):
+            assert close(spatial[b, f], alone(over_space, x[b, f]))
         for i in range(positions):
-            c = x[b, :, i]
-            plain = layer.to_out(attention(layer.to_q(c), layer.to_k(c), layer.to_v(c), head_dim=8))
-            assert close(ours[b, :, i], plain)
+            assert close(temporal[b, :, i], alone(over_time, x[b, :, i]))
+
+
+def alone(layer: SelfAttention, x: Tensor) -> Tensor:
+    """[L, dim], one sequence."""
+    return layer.to_out(attention(layer.to_q(x), layer.to_k(x), layer.to_v(x), layer.head_dim))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
