@@ -115,7 +115,8 @@ def hardware(dtype: torch.dtype) -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # another operating system, or a processor that does not tell
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {str(dtype).removeprefix('torch.')}"
 
 
 # ---------------------------------------------------------------------------------------------- the state of a run
