@@ -63,7 +63,7 @@ class SVDConfig:
     sigma_min: float
     sigma_max: float
     rho: float  # curvature of the Karras schedule
-    p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2; so does pretrain.py
+    p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
     p_std: float
     num_iterations: int  # of an inversion by the paper's recipe, B.2
     micro: MicroConditioning
@@ -149,8 +149,8 @@ _TINY = replace(
     unet=UNetConfig(
         in_channels=16,
         out_channels=8,
-        model_channels=32,
-        channel_mult=(1, 2, 4),
+        model_channels=64,
+        channel_mult=(1, 1, 2),
         num_res_blocks=1,
         attention_resolutions=(4, 2, 1),
         num_head_channels=32,

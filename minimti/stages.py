@@ -29,6 +29,9 @@ LOG_VARIANCE = -6.0  # of latents, at first
 POSED = 0.25  # share of the image tower's pictures whose sprite stands anywhere, as it may in the middle of a clip
 PAIRS, CAMERAS = 0.05, 0.1  # share of the captioned clips with two sprites, and with the camera's words
 
+# ln sigma ~ N(P_MEAN, P_STD^2). Inversion draws stronger noise, where motion is decided; here looks are learnt too.
+P_MEAN, P_STD = 1.5, 1.7
+
 # Condition dropout, for guidance.
 NO_IMAGE, NO_TOKENS, NEITHER = 0.1, 0.1, 0.05
 
@@ -309,7 +312,7 @@ def denoising_loss(
         temporal=tokens,
     )
     quantiles = torch.from_numpy((rng.random() + np.arange(batch) / batch) % 1)
-    sigma = edm.training_sigma(quantiles, config.p_mean, config.p_std, config.sigma_max)
+    sigma = edm.training_sigma(quantiles, P_MEAN, P_STD, config.sigma_max)
     return edm.loss(model.svd.network(cond), latents, sigma, gaussian(rng, latents.shape))
 
 
