@@ -14,7 +14,7 @@ from torch import Tensor
 from minimti import cli, figures, weights, words
 from minimti.attention import TransformerBlock
 from minimti.files import InputError, check_writable, make_folder, whole_file
-from minimti.invert import SAVING, recipe
+from minimti.invert import recipe
 from minimti.lab import (
     FORM,
     Case,
@@ -86,7 +86,7 @@ def ablation(lab: Lab) -> dict:
 
 
 def optimiser(lab: Lab) -> dict:
-    """The recipe of train.py beside the paper's, which takes SAVING times the steps."""
+    """The recipe of train.py beside the paper's, which takes `invert.SAVING` times the steps."""
     found = {"ours": over_seeds(lab), "the paper's": over_seeds(lab, paper=True)}
     return {"error": found["ours"]["error"], **found}
 
@@ -212,7 +212,7 @@ def iterations(lab: Lab) -> dict:
 
     At its constant rate a long inversion passes through the shorter ones.
     """
-    steps, curves = sorted({round(share * lab.steps * SAVING) for share in CURVE}), {}
+    steps, curves = sorted({round(share * lab.num_steps(paper=True)) for share in CURVE}), {}
     for p_mean in sorted({*P_MEANS, lab.config.p_mean}):
         errors = [
             [

@@ -147,6 +147,10 @@ class Lab:
         """CLIP embeddings of all its frames, [F, d]."""
         return self.svd.embed(pixels(render(reference)))
 
+    def num_steps(self, paper: bool) -> int:
+        """Of an inversion; the paper's recipe takes SAVING times ours."""
+        return self.steps * SAVING if paper else self.steps
+
     def inversion(
         self,
         reference: Scene,
@@ -165,7 +169,7 @@ class Lab:
         else:
             learned = motion.Motion(tokens, **about)
         cached = [view(svd, clip, learned, True, k) for k in range(VIEWS)]
-        settings = recipe(config, paper) | {"steps": self.steps * SAVING if paper else self.steps}
+        settings = recipe(config, paper) | {"steps": self.num_steps(paper)}
         if p_mean is not None:
             settings["p_mean"] = p_mean
         yield tuple(t.detach().clone() for t in learned.sets)
