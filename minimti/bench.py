@@ -2,7 +2,7 @@
 
 Prices follow from shapes alone (price.py): the official size, bf16. Times are measured here, on the same weights and by
 turns, so that a machine busy with something else slows both. A GPU is given the priced steps; a CPU, which would need
-hours for those, the full-size UNet on a smaller clip.
+hours for those, the full-size UNet on a smaller clip. Where a step is called compiled, ours is, and theirs as it comes.
 """
 
 import json
@@ -143,6 +143,7 @@ class Case:
     mode: str | None = None  # of memory.py
     checkpointing: bool | None = False  # of diffusers; None: leave diffusers out
     vae_dtype: torch.dtype = FP32
+    compiled: bool = False  # our UNet, when timed
 
     @property
     def unneeded(self) -> tuple[str, ...]:
@@ -173,8 +174,13 @@ def cpu_cases(config: SVDConfig) -> dict[str, Case]:
         dtypes["bf16"] = BF16
     else:
         print("no times in bf16: this processor only emulates it", file=sys.stderr)
-    steps = {"tiny_train": (train, tiny), "train": (train, config), "denoise": (denoise, config)}
-    return {f"{step}_{dtype}": Case(*steps[step], dtypes[dtype]) for dtype in dtypes for step in steps}
+    found = {}
+    for name, dtype in dtypes.items():
+        found[f"tiny_train_{name}"] = Case(train, tiny, dtype)
+        found[f"tiny_train_compiled_{name}"] = Case(train, tiny, dtype, compiled=True)
+        found[f"train_{name}"] = Case(train, config, dtype)
+        found[f"denoise_{name}"] = Case(denoise, config, dtype)
+    return found
 
 
 def multiplies_bf16() -> bool:
@@ -252,12 +258,14 @@ def clock(case: Case, device: str, repeats: int) -> dict[str, float | None]:
     """Median seconds, peak GiB (of CUDA), and the ratios theirs / ours of runs by turns; None where there are none."""
     both, tensors = skeletons(case), inputs(case, device)
     fill(both, case, device)
+    if case.compiled:
+        cli.compile_if_asked(both[0].unet, True, torch.device(device))
     steps = {who: partial(case.step, svd, *tensors) for who, svd in zip(("ours", "diffusers"), both)}
     if case.checkpointing is None:
         del steps["diffusers"]
     for who, step in list(steps.items()):
         try:
-            step()  # chooses kernels, takes memory from the system: done once
+            step()  # compiles, chooses kernels, takes memory from the system: done once
         except torch.OutOfMemoryError:
             print(f"  {who}: not enough memory", file=sys.stderr)
             del steps[who]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from minimti import bench, cli
 from minimti.config import MODELS
 from minimti.price import Price, price
+from minimti.unet import UNet
 
 pytest.importorskip("diffusers")
 
@@ -155,6 +156,16 @@ def test_times():
         assert found["ours_gib"] is None
     alone = bench.clock(replace(cases["train_fp32"], mode="low", checkpointing=None), "cpu", repeats=1)
     assert alone["ours_s"] > 0 and alone["diffusers_s"] is None and alone["ratio"] is None
+
+
+def test_ours_alone_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append((type(module), options)))
+    cases = bench.cpu_cases(replace(TOY, vae=SMALL.vae))
+    bench.clock(cases["tiny_train_fp32"], "cpu", repeats=1)
+    assert not compiled
+    bench.clock(cases["tiny_train_compiled_fp32"], "cpu", repeats=1)
+    assert compiled == [(UNet, {"fullgraph": True, "dynamic": False})]
 
 
 @pytest.mark.parametrize("native", [False, True])
