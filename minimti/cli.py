@@ -4,7 +4,8 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -118,22 +119,38 @@ def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line."""
     prog = sys.argv[0].rsplit("/", 1)[-1]
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        main()
+        with on_stop(_interrupt):
+            main()
     except InputError as error:
         sys.exit(_say(prog, str(error), 2))
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
         sys.exit(_say(prog, str(error).splitlines()[0], 1))
     except KeyboardInterrupt:
         sys.exit(_say(prog, "interrupted", 130))
-    finally:
-        signal.signal(signal.SIGTERM, before)
     sys.exit(0)
 
 
+@contextmanager
+def on_stop(handler: Callable, *also: signal.Signals) -> Iterator[None]:
+    """Meanwhile a polite kill, a terminal that closes, and the signals named besides call the handler.
+
+    Those that are ignored stay so: under nohup a program outlives its terminal.
+    """
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), *also}  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, old in before.items():
+            if old != signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 def _interrupt(*_) -> NoReturn:
-    raise KeyboardInterrupt  # a polite kill is treated like Ctrl-C
+    raise KeyboardInterrupt  # the others are treated like Ctrl-C
 
 
 def _say(prog: str, message: str, code: int) -> int:

@@ -229,19 +229,15 @@ def take_up(run: Run, out: Path) -> None:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and TERM wait: the callable raises KeyboardInterrupt if one has come."""
+    """Ctrl-C and the like wait: the callable raises KeyboardInterrupt if one has come."""
     asked = []
-    before = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def check() -> None:
         if asked:
             raise KeyboardInterrupt
 
-    try:
+    with cli.on_stop(lambda *_: asked.append(True), signal.SIGINT):
         yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -1,5 +1,6 @@
 """Both command lines as a user runs them: subprocesses, a weight file of reduced size, real videos."""
 
+import os
 import pickle
 import signal
 import subprocess
@@ -312,18 +313,32 @@ def test_bad_input_is_one_line_of_the_process_too(work):
 
 
 def test_a_program_leaves_signals_as_they_were(call):
-    before = signal.getsignal(signal.SIGTERM)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in stops]
     assert call("sample.py", "--seed", "-1", "img.png")[0] == 2
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in stops] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_ignored_stays_ignored():
+    """As nohup does, before it starts a program."""
+    asked, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.on_stop(lambda number, _: asked.append(number), signal.SIGUSR1):
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert asked == [signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_training_keeps_its_steps(work, number):
-    """Ctrl-C after some steps: the embedding is there and says how many."""
+    """Ctrl-C, a kill or a lost terminal after some steps: the embedding is there and says how many."""
     args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", *SMALL_FILE, "--out", "cut.pt"]
     args += ["--cache", "2", "--steps", "1000"]
-    # A test run in the background of a script has SIGINT ignored, and hands that down.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # A test run in the background of a script has SIGINT ignored, under nohup SIGHUP, and hands that down.
+    heed = partial(signal.signal, number, signal.SIG_DFL)
     with subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed) as process:
         seen = b""
         while b"2/1000" not in seen:
