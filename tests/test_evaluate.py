@@ -140,7 +140,7 @@ def svd():
 
 @pytest.mark.full
 def test_a_motion_is_transferred_by_the_embedded_weights(svd, tmp_path):
-    """A long way up, of the first eight motions the one that these weights transfer best."""
+    """A long way up, one of the motions that these weights transfer well."""
     table = words.load(weights.WEIGHTS / "tiny" / "words.safetensors")
     bench = lab.Lab(svd, table, 0, 6, 4, recipe(TINY)["steps"], tmp_path)
     upwards = bench.cases[5]
