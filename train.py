@@ -19,7 +19,7 @@ def parse():
     add("video", metavar="VIDEO", help="the reference")
     add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
     cli.add_shared_arguments(parser, default_model="", default_size="the model's, 1024x576 for svd")
-    paper = "optimise exactly as the paper: Adam, independent sigmas, twice the steps, a fresh view in every one"
+    paper = "optimise exactly as the paper: its first tokens, Adam, independent sigmas, twice the steps, fresh views"
     add("--paper", action="store_true", help=paper)
     add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 500 for svd)")
     add("--lr", type=cli.number(0, 100), help=f"learning rate (default: {LR}, falling to 0; with --paper {PAPER_LR})")
@@ -69,7 +69,7 @@ def main() -> None:
     clip = video.fit(frames, size).to(device)
     with torch.no_grad():
         embeddings = svd.embed(clip)
-    tokens = motion.initialise(embeddings, args.tokens, torch.Generator().manual_seed(args.seed))
+    tokens = motion.initialise(embeddings, args.tokens, torch.Generator().manual_seed(args.seed), args.paper)
     learned = motion.Motion(tokens, config.name, config.micro, size, steps=0, seed=args.seed)
     del svd.clip  # it has said all it will be asked
 

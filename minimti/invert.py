@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from minimti import edm
 from minimti.augment import augment
@@ -16,6 +17,7 @@ from minimti.svd import SVD, Conditioning
 
 View = tuple[Tensor, Conditioning]
 LR, MOMENTUM = 0.2, 0.9  # of Muon
+OWN = 0.25  # the rate of what sets have each to themselves, over that of what all of them share
 PAPER_LR = 1e-2  # of Adam, paper B.2
 SAVING = 2  # the steps of the paper's recipe over those of ours
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread however many there are
@@ -53,8 +55,9 @@ def invert(
 ) -> Iterator[float]:
     """Optimises `learned.tokens` in place and yields the loss of every step, some steps late where there is a GPU.
 
-    By Muon, the rate falling from `lr` to 0 along half a cosine, on evenly spread sigmas; with `paper` as in B.2, by
-    Adam at a constant rate, on independent sigmas, for which it takes SAVING times the steps.
+    By Muon, a step that all sets share and a shorter one of each, the rate falling from `lr` to 0 along half a cosine,
+    on evenly spread sigmas; with `paper` as in B.2, by Adam at a constant rate, on independent sigmas, for which it
+    takes SAVING times the steps.
 
     `views` gives the view of a step's number. The draws of a step depend on its number and the seed in `learned` alone.
     Raises FloatingPointError after a loss or a gradient that is not finite, which never enters the tokens.
@@ -62,7 +65,12 @@ def invert(
     svd.requires_grad_(False)
     tokens = learned.tokens.requires_grad_()
     rows = tokens.detach().view(-1, tokens.shape[-1])  # the same numbers as a matrix, a row for each token of each set
-    optimiser = torch.optim.Adam([rows], lr) if paper else Muon([rows], lr, momentum=MOMENTUM)
+    if paper:
+        optimiser = torch.optim.Adam([rows], lr)
+    else:
+        shared = torch.zeros_like(tokens[0])  # [N, d], the step that all sets are to take
+        optimiser = Muon([{"params": [shared]}, {"params": [rows], "lr": OWN * lr}], lr, momentum=MOMENTUM)
+        falling = CosineAnnealingLR(optimiser, steps)
     first = torch.rand(1, generator=_generator(learned.seed, 1))
     unseen: list[tuple[int, Tensor, Tensor]] = []  # step, sigma, and the loss on its device
     for step in range(steps):
@@ -82,9 +90,14 @@ def invert(
         tokens.grad /= x0.numel()
         loss = torch.where(tokens.grad.isfinite().all(), loss.detach(), torch.nan)
         rows.grad = tokens.grad.nan_to_num_(0, 0, 0).view_as(rows)
-        if not paper:
-            optimiser.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        optimiser.step()
+        if paper:
+            optimiser.step()
+        else:
+            shared.grad = tokens.grad.sum(dim=0)
+            optimiser.step()
+            falling.step()
+            rows.view_as(tokens).add_(shared)
+            shared.zero_()
         learned.steps = step + 1
         unseen.append((learned.steps, sigma, loss))
         if loss.device.type == "cpu" or len(unseen) == REPORT or learned.steps == steps:

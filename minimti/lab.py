@@ -162,7 +162,7 @@ class Lab:
         """The tokens of the form (F', N) before the first step and after every one; by the paper's recipe if asked."""
         config, svd = self.config, self.svd
         clip, noise = pixels(render(reference)), torch.Generator().manual_seed(seed)
-        tokens = motion.initialise(self.embeddings(reference), form[1], noise)
+        tokens = motion.initialise(self.embeddings(reference), form[1], noise, paper)
         about = {"model": config.name, "micro": config.micro, "size": config.size, "steps": 0, "seed": seed}
         if form[0] == 1:
             learned = OneSet(tokens[-1:].clone(), frames=config.num_frames, **about)

@@ -44,14 +44,18 @@ class Motion:
             )
 
 
-def initialise(clip_embeddings: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """CLIP embeddings of the frames [F, d] -> tokens [F + 1, N, d], paper B.2.
+def initialise(clip_embeddings: Tensor, num_tokens: int, generator: torch.Generator, paper: bool = False) -> Tensor:
+    """CLIP embeddings of the frames [F, d] -> tokens [F + 1, N, d].
 
-    Each frame's embedding N times over, their mean for the temporal set, and noise to tell the copies apart.
+    Their mean N times over and noise to tell the copies apart, the same for every set. With `paper` as in B.2: each
+    frame's own embedding N times over, the mean for the temporal set alone, and for every set a noise of its own.
     """
-    sets = torch.cat([clip_embeddings, clip_embeddings.mean(dim=0, keepdim=True)])  # [F + 1, d]
+    sets = clip_embeddings.mean(dim=0, keepdim=True)
+    if paper:
+        sets = torch.cat([clip_embeddings, sets])  # [F + 1, d]
     tokens = sets[:, None].repeat(1, num_tokens, 1)
-    return tokens + INIT_NOISE * torch.randn(tokens.shape, generator=generator).to(tokens)
+    tokens += INIT_NOISE * torch.randn(tokens.shape, generator=generator).to(tokens)
+    return tokens if paper else tokens.repeat(len(clip_embeddings) + 1, 1, 1)
 
 
 def save(motion: Motion, path: str | Path) -> None:

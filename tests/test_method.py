@@ -129,12 +129,16 @@ def test_misfits_are_named(svd):
 
 
 def test_initialise():
+    """From the mean of all frames, the same for every set; as the paper has it, from each frame's own embedding."""
     embeddings = 10 * torch.randn(14, 1024)
-    tokens = motion.initialise(embeddings, 5, torch.Generator().manual_seed(0))
-    assert tokens.shape == (15, 5, 1024)
-    noise = tokens - torch.cat([embeddings, embeddings.mean(0, keepdim=True)])[:, None]
-    assert noise.std().item() == pytest.approx(0.1, rel=0.02) and noise.mean().abs() < 1e-3
-    assert not torch.equal(tokens[0, 0], tokens[0, 1])  # N equal tokens would stay equal for ever
+    mean = embeddings.mean(0, keepdim=True)
+    for paper, first in (False, mean), (True, torch.cat([embeddings, mean])):
+        tokens = motion.initialise(embeddings, 5, torch.Generator().manual_seed(0), paper)
+        assert tokens.shape == (15, 5, 1024)
+        noise = tokens - first[:, None]
+        assert noise.std().item() == pytest.approx(0.1, rel=0.04) and noise.mean().abs() < 3e-3
+        assert torch.equal(tokens[0], tokens[1]) is not paper
+        assert not torch.equal(tokens[0, 0], tokens[0, 1])  # N equal tokens would stay equal for ever
 
 
 def test_an_embedding_survives_its_file(learned, tmp_path):
@@ -210,6 +214,16 @@ def test_our_recipe(svd, learned, clip, monkeypatch):
         expected = (1 + math.cos(math.pi * step / 64)) / 2
         assert travelled[step] / travelled[0] == pytest.approx(expected, rel=1e-2)
     assert largest_gap(sigmas) < 2 / len(sigmas)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_what_one_set_is_taught_the_others_learn(svd, learned, clip, monkeypatch, paper):
+    """In our recipe: all go where the sum of their gradients points, and each a little further where its own does."""
+    before = learned.tokens.clone()
+    monkeypatch.setattr(edm, "loss", lambda *_: learned.tokens[0].sum())
+    inversion(svd, clip, learned, paper=paper)
+    taught, *others = (learned.tokens.detach() - before).norm(dim=(1, 2))
+    assert all(other == 0 if paper else 0 < other < taught for other in others)
 
 
 def course(svd, learned, clip, monkeypatch, **settings):
