@@ -134,8 +134,10 @@ def test_tokens_begin_from_the_embeddings_of_the_frames(work, call):
     for paper in False, True:
         args = ("--steps", "0", "--out", "zero.pt", "--stride", "3", *["--paper"] * paper)
         assert call("train.py", "ref.mp4", *SMALL_FILE, *args)[0] == 0
+        tokens = motion.load("zero.pt").tokens
+        assert tokens.shape == (5, 5, 48)
         expected = motion.initialise(embeddings, 5, torch.Generator().manual_seed(0), paper)
-        assert torch.allclose(motion.load("zero.pt").tokens, expected, atol=1e-5)
+        assert torch.allclose(tokens, expected, atol=1e-5)
 
 
 def test_every_setting_of_training_reaches_the_tokens(work, call):
