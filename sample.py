@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minimti import cli, edm, motion, video, weights
+from minimti import cli, edm, motion, pipeline
 from minimti.config import MODELS
-from minimti.files import InputError, check_writable, make_folder
+from minimti.io import video
+from minimti.io.files import InputError, check_writable, make_folder
 from minimti.svd import GUIDANCE
 
 
@@ -81,13 +82,13 @@ def main() -> None:
     num_frames = learned.num_frames if learned else config.num_frames
     num_steps = args.steps or config.num_steps
 
-    svd = weights.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
+    svd = pipeline.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
     cli.compile_if_asked(svd.unet, args.compile, device)
     targets = [video.fit(image, size).to(device) for image in images] or [torch.zeros(1, 3, *size[::-1], device=device)]
     # One network after the other for all images: none is in memory that is not needed again.
     with torch.inference_mode():
         tokens = [learned.sets if learned else svd.tokens_of(image, num_frames) for image in targets]
-        del svd.clip
+        del svd.image_encoder
 
         jobs = []
         for image, sets in zip(targets, tokens):

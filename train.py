@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from minimti import cli, motion, video, weights
-from minimti.files import check_writable, existing
+from minimti import cli, motion, pipeline
 from minimti.invert import LR, PAPER_LR, VIEWS, View, invert, recipe, view
-from minimti.memory import MODES, set_mode
+from minimti.io import video
+from minimti.io.files import check_writable, require_file
+from minimti.networks.recompute import MODES, set_mode
 
 
 def parse():
@@ -45,7 +46,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    existing(args.video)
+    require_file(args.video)
     check_writable(args.out, args.video, args.model or "")
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
     checkpoint = cli.find_model("auto" if args.model is None else args.model, device)
@@ -63,7 +64,7 @@ def main() -> None:
     )
 
     began = time.perf_counter()
-    svd = weights.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
+    svd = pipeline.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
     print(f"model      {config.name} from {checkpoint.path}, {dtype} on {device}, {time.perf_counter() - began:.1f} s")
 
     clip = video.fit(frames, size).to(device)
@@ -71,7 +72,7 @@ def main() -> None:
         embeddings = svd.embed(clip)
     tokens = motion.initialise(embeddings, args.tokens, torch.Generator().manual_seed(args.seed), args.paper)
     learned = motion.Motion(tokens, config.name, config.micro, size, steps=0, seed=args.seed)
-    del svd.clip  # it has said all it will be asked
+    del svd.image_encoder  # it has said all it will be asked
 
     views = fresh = partial(view, svd, clip, learned, not args.no_flip)
     if cache:

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minimti import video
-from minimti.stages import first_frame, pixels
-from minimti.world import random_scene, render
+from minimti.io import video
+from minimti.pretrain.stages import first_frame, pixels
+from minimti.world.scene import random_scene, render
 
 HERE = Path(__file__).parent
 SIZE = 256

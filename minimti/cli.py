@@ -11,10 +11,10 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from minimti import weights
+from minimti.checkpoint.find import automatic
+from minimti.checkpoint.load import Checkpoint, open_checkpoint
 from minimti.config import MODELS, SVDConfig
-from minimti.files import InputError
-from minimti.weights import Checkpoint
+from minimti.io.files import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,8 +81,8 @@ def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torc
 
 
 def find_model(model: str, device: torch.device) -> Checkpoint:
-    """The checkpoint that `--model` names. Raises InputError as `weights.find` does."""
-    checkpoint = weights.find(weights.automatic(device) if model == "auto" else model)
+    """The checkpoint that `--model` names. Raises InputError as `open_checkpoint` does."""
+    checkpoint = open_checkpoint(automatic(device) if model == "auto" else model)
     if checkpoint.config.name == "tiny":
         print("note       tiny knows drawn sprites like those of examples/; for photographs and films: --model svd")
     return checkpoint
@@ -111,8 +111,8 @@ def compile_if_asked(unet: nn.Module, asked: bool | None, device: torch.device) 
 
 def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
     """Raises InputError where the networks cannot halve such an image as often as they do."""
-    if any(not 0 < length <= 8192 or length % config.granularity for length in size):
-        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {config.granularity}")
+    if any(not 0 < length <= 8192 or length % config.size_multiple for length in size):
+        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {config.size_multiple}")
     return size
 
 

@@ -23,7 +23,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Field names are those of `ddconfig` in the official svd.yaml, plus its `scale_factor`."""
+    """Field names are those of `ddconfig` in the official svd.yaml, add_owned its `scale_factor`."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -34,7 +34,7 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class ImageEncoderConfig:
     """Field names are those of open_clip's vision configurations."""
 
     image_size: int
@@ -69,10 +69,10 @@ class SVDConfig:
     micro: MicroConditioning
     unet: UNetConfig
     vae: VAEConfig
-    clip: CLIPConfig
+    image_encoder: ImageEncoderConfig
 
     @property
-    def granularity(self) -> int:
+    def size_multiple(self) -> int:
         """Pixels that width and height must be multiples of: one cell of the coarsest UNet level."""
         return 2 ** (len(self.vae.ch_mult) - 1 + len(self.unet.channel_mult) - 1)
 
@@ -84,8 +84,10 @@ def to_json(config: SVDConfig) -> str:
 
 def from_json(text: str) -> SVDConfig:
     """Inverse of `to_json`. Raises ValueError, TypeError or AttributeError where it is not the text of one."""
-    parts = {"unet": UNetConfig, "vae": VAEConfig, "clip": CLIPConfig, "micro": MicroConditioning}
+    parts = {"unet": UNetConfig, "vae": VAEConfig, "image_encoder": ImageEncoderConfig, "micro": MicroConditioning}
     entries = _lists_to_tuples(json.loads(text))
+    if "clip" in entries:  # its name in files of version 0.1.0
+        entries["image_encoder"] = entries.pop("clip")
     config = SVDConfig(**{key: checked(parts[key](**v)) if key in parts else v for key, v in entries.items()})
     return checked(config)
 
@@ -132,7 +134,9 @@ _SVD = SVDConfig(
         adm_in_channels=768,
     ),
     vae=VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, scale_factor=0.18215),
-    clip=CLIPConfig(image_size=224, patch_size=14, width=1280, layers=32, head_width=80, embed_dim=1024),
+    image_encoder=ImageEncoderConfig(
+        image_size=224, patch_size=14, width=1280, layers=32, head_width=80, embed_dim=1024
+    ),
 )
 
 # The embedded model: SVD's networks at sizes for a CPU, pre-trained on the procedural world (pretrain.py).
@@ -160,7 +164,7 @@ _TINY = replace(
     ),
     # Cells of 4x4 pixels, SVD's have 8x8: in larger ones a small sprite that moves or turns is another code every time.
     vae=VAEConfig(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=0.18215, norm_groups=4),
-    clip=CLIPConfig(image_size=64, patch_size=8, width=128, layers=4, head_width=32, embed_dim=64),
+    image_encoder=ImageEncoderConfig(image_size=64, patch_size=8, width=128, layers=4, head_width=32, embed_dim=64),
 )
 
 MODELS = {

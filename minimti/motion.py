@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minimti import __version__
 from minimti.config import MicroConditioning, SVDConfig, checked
-from minimti.files import InputError, existing, whole_file
+from minimti.io.files import InputError, atomic_write, require_file
 
 NUM_TOKENS = 5  # N of the paper, tokens per set
 INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
@@ -61,13 +61,13 @@ def initialise(clip_embeddings: Tensor, num_tokens: int, generator: torch.Genera
 def save(motion: Motion, path: str | Path) -> None:
     """Writes the file that `load` reads."""
     tokens = motion.tokens.detach().cpu()
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         torch.save({**vars(motion), "tokens": tokens, "micro": asdict(motion.micro), "version": __version__}, part)
 
 
 def load(path: str | Path) -> Motion:
     """Reads a file of `save`, tokens on the CPU. Raises InputError where it is anything else."""
-    path = existing(path)
+    path = require_file(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of other kinds of file; the answer below says it
             fields = torch.load(path, map_location="cpu", weights_only=True)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from minimti import clip, edm
+from minimti import edm
 from minimti.config import MicroConditioning, SVDConfig
-from minimti.decode import decode
-from minimti.unet import UNet
-from minimti.vae import VAE
+from minimti.networks import image_encoder
+from minimti.networks.lowmem_decode import decode
+from minimti.networks.unet import UNet
+from minimti.networks.vae import VAE
 
 GUIDANCE = (1.0, 3.0)  # of the first frame and of the last
 
@@ -48,12 +49,12 @@ class SVD(nn.Module):
         self.config = config
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
-        self.clip = clip.build(config.clip)
+        self.image_encoder = image_encoder.build(config.image_encoder)
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1,1] -> CLIP embeddings [B, d] in fp32."""
-        pixels = clip.preprocess(images, self.config.clip.image_size)
-        return self.clip(pixels.to(self.clip.conv1.weight.dtype)).to(images.dtype)
+        pixels = image_encoder.preprocess(images, self.config.image_encoder.image_size)
+        return self.image_encoder(pixels.to(self.image_encoder.conv1.weight.dtype)).to(images.dtype)
 
     def encode(self, clip: Tensor) -> Tensor:
         """Clip [B, F, 3, H, W] in [-1,1] -> scaled latents [B, F, z, h, w]."""

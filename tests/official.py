@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minimti import weights
-from minimti.config import MODELS, CLIPConfig, SVDConfig, UNetConfig, VAEConfig, to_json
-from minimti.layouts import official_source
+from minimti.checkpoint.key_maps import official_source
+from minimti.checkpoint.load import fill, memory_format, sources
+from minimti.config import MODELS, ImageEncoderConfig, SVDConfig, UNetConfig, VAEConfig, to_json
 from minimti.svd import SVD
 
 SMALL = replace(
@@ -37,7 +37,7 @@ SMALL = replace(
         adm_in_channels=96,
     ),
     vae=VAEConfig(ch=32, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, scale_factor=0.18215),
-    clip=CLIPConfig(image_size=56, patch_size=14, width=64, layers=2, head_width=16, embed_dim=48),
+    image_encoder=ImageEncoderConfig(image_size=56, patch_size=14, width=64, layers=2, head_width=16, embed_dim=48),
 )
 
 
@@ -55,18 +55,18 @@ def fill_by_name(module: nn.Module, config: SVDConfig, prefix: str, dtype: torch
     """Gives a module on the meta device the weights of the rule, through the loader's official key map and layout."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, source in weights.sources(module, official_source, config, prefix).items():
+        for key, source in sources(module, official_source, config, prefix).items():
             tensor = source.build(*(tensor_of(name, source.shape) for name in source.names))
-            yield key, tensor.to(dtype, memory_format=weights.layout(tensor))
+            yield key, tensor.to(dtype, memory_format=memory_format(tensor))
 
-    weights.fill(module, tensors())
+    fill(module, tensors())
     return module.eval()
 
 
 def write_official(path: Path, config: SVDConfig = SMALL) -> Path:
     """A single file in the official layout, with its configuration in the metadata."""
     with torch.device("meta"):
-        wanted = weights.sources(SVD(config), official_source, config)
+        wanted = sources(SVD(config), official_source, config)
     tensors = {name: tensor_of(name, source.shape) for source in wanted.values() for name in source.names}
     save_file(tensors, path, {"config": to_json(config)})
     return path

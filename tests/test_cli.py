@@ -18,9 +18,11 @@ from PIL import Image
 
 import sample
 import train
-from minimti import cli, edm, motion, video, weights
+from minimti import cli, edm, motion, pipeline
+from minimti.checkpoint.load import open_checkpoint
 from minimti.config import MODELS
-from minimti.memory import MODES
+from minimti.io import video
+from minimti.networks.recompute import MODES
 from minimti.svd import SVD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,8 +113,8 @@ def test_the_defaults_of_training(work, call, monkeypatch):
     assert seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "paper": True}  # no view ahead of its step
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--no-flip")[0] == 0
     assert seen["flip"] is False
-    monkeypatch.setattr(weights, "find", lambda model: seen.update(model=model) or sys.exit(0))
-    monkeypatch.setattr(weights, "automatic", lambda device: f"what suits {device}")
+    monkeypatch.setattr(cli, "open_checkpoint", lambda model: seen.update(model=model) or sys.exit(0))
+    monkeypatch.setattr(cli, "automatic", lambda device: f"what suits {device}")
     for program, args in (("train.py", ["ref.mp4"]), ("sample.py", ["img.png"])):
         for more in ([], ["--model", "auto"]):
             assert call(program, *args, *more)[0] == 0 and seen.pop("model") == "what suits cpu"
@@ -129,7 +131,7 @@ def test_the_embedded_model_says_what_it_knows(work, call):
 
 
 def test_tokens_begin_from_the_embeddings_of_the_frames(work, call):
-    svd = weights.load(weights.find("small.safetensors"), torch.device("cpu"), torch.float32)
+    svd = pipeline.load(open_checkpoint("small.safetensors"), torch.device("cpu"), torch.float32)
     embeddings = svd.embed(video.fit(video.read_clip("ref.mp4", 4, 0, 3), SMALL.size))
     for paper in False, True:
         args = ("--steps", "0", "--out", "zero.pt", "--stride", "3", *["--paper"] * paper)

@@ -14,10 +14,10 @@ from official import SMALL, fill_by_name
 import minimti.invert
 from minimti import edm, motion
 from minimti.augment import augment
-from minimti.files import InputError
 from minimti.invert import invert, view
-from minimti.layers import Blend
+from minimti.io.files import InputError
 from minimti.motion import Motion
+from minimti.networks.layers import Blend
 from minimti.svd import SVD
 
 F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim

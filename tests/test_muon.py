@@ -5,7 +5,7 @@ import torch
 
 from minimti.config import MODELS
 from minimti.muon import Muon, is_matrix, orthogonalised
-from minimti.stages import Trainee
+from minimti.pretrain.stages import PretrainModel
 
 
 @pytest.mark.parametrize("shape", [(32, 200), (200, 32), (48, 48)])
@@ -52,7 +52,7 @@ def test_it_finds_what_few_directions_hide():
 
 
 def test_matrices_are_what_multiplies():
-    model = Trainee(MODELS["tiny"])
+    model = PretrainModel(MODELS["tiny"])
     kinds = {name: is_matrix(name, p) for name, p in model.named_parameters()}
     transformer = "svd.unet.mid_block.attentions.0.transformer_blocks.0"
     assert (
@@ -61,6 +61,6 @@ def test_matrices_are_what_multiplies():
     )
     for other in (f"{transformer}.norm1.weight", "svd.unet.conv_out.weight", "words.word.weight", "words.slot.weight"):
         assert not kinds[other]
-    for part in ("svd.unet", "svd.clip"):
+    for part in ("svd.unet", "svd.image_encoder"):
         sizes = {k: p.numel() for k, p in model.named_parameters() if k.startswith(part)}
         assert sum(n for k, n in sizes.items() if kinds[k]) > 0.95 * sum(sizes.values())

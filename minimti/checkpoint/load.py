@@ -1,0 +1,157 @@
+"""Reads official weight files and fills a module with them, strictly."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minimti.checkpoint.find import folder_paths, locate
+from minimti.checkpoint.key_maps import OFFICIAL_DROPS, Source, folder_source, official_source
+from minimti.config import SVDConfig, from_json
+from minimti.io.files import InputError, require_file
+
+# ---------------------------------------------------------------------------------------------- strict filling
+
+
+def sources(module: nn.Module, source: Callable[..., Source], config: SVDConfig, prefix: str = "") -> dict[str, Source]:
+    """Our tensors by name, each with its source. `prefix` names the network where `module` is one of the three."""
+    return {key: source(prefix + key, tuple(tensor.shape), config) for key, tensor in module.state_dict().items()}
+
+
+def check(wanted: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: Iterable[str], where: str) -> None:
+    """Raises InputError unless tensors of `shapes` are all those wanted, and beside it only `drops` (prefixes)."""
+    expected = {name: source.shape for source in wanted.values() for name in source.names}
+    missing = sorted(expected.keys() - shapes.keys())
+    unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.startswith(tuple(drops)))
+    wrong = [f"{n} {list(shapes[n])}, not {list(s)}" for n, s in expected.items() if shapes.get(n, s) != s]
+    for problem, names in (("lacks", missing), ("holds unknown", unknown), ("has wrong shapes:", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{where}: not Stable Video Diffusion as expected: {problem} {', '.join(names[:3])}{more}")
+
+
+def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Replaces the parameters of a module on the meta device, one by one, so that nothing is held twice."""
+    for key, tensor in tensors:
+        owner, _, name = key.rpartition(".")
+        setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """For the weight of a convolution, channels innermost: its output inherits that, down to the last layer, and then
+    no transformer and no layer over time has to copy its input."""
+    return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+
+class _Tensors:
+    """The tensors of safetensors files, by mmap: {prefix: path} gives them the names prefix + their own.
+
+    Raises InputError where a file is not of this format.
+    """
+
+    REOPEN_BYTES = 2**28  # pages read through a mapping count as this process's memory until it is closed
+
+    def __init__(self, paths: dict[str, Path]):
+        self.paths = paths
+        self.metadata: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.files: dict[str, Path] = {}
+        for prefix, path in paths.items():
+            try:
+                with safe_open(require_file(path), framework="pt") as file:
+                    self.metadata |= file.metadata() or {}
+                    for name in file.keys():
+                        self.files[prefix + name] = path
+                        self.shapes[prefix + name] = tuple(file.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: not a complete safetensors file ({error})") from error
+
+    def read(self, names: Iterable[tuple[str, ...]]) -> Iterator[list[Tensor]]:
+        """The tensors of each tuple of names, views of the mapping where they stay as they are."""
+        handles, read = {}, 0
+        prefix_of = {path: prefix for prefix, path in self.paths.items()}
+        for group in names:
+            if read > self.REOPEN_BYTES:
+                handles, read = {}, 0
+            tensors = []
+            for name in group:
+                path = self.files[name]
+                if path not in handles:
+                    handles[path] = safe_open(path, framework="pt")
+                tensors.append(handles[path].get_tensor(name.removeprefix(prefix_of[path])))
+                read += tensors[-1].nbytes
+            yield tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weight files whose configuration is known and whose tensors are not yet read."""
+
+    path: Path
+    config: SVDConfig
+    tensors: _Tensors
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """The checkpoint of a name in MODELS, of a single file, or of a diffusers folder; see `locate`.
+
+    Raises InputError where there is none, or none that can be read.
+    """
+    path, config = locate(model)
+    tensors = _Tensors(folder_paths(path) if path.is_dir() else {"": path})
+    if "config" in tensors.metadata:
+        try:
+            config = from_json(tensors.metadata["config"])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: the configuration in its metadata cannot be read ({error})") from error
+    return Checkpoint(path, config, tensors)
+
+
+def load_into(
+    svd: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> None:
+    """Fills an SVD on the meta device: UNet and image encoder in `dtype`, the VAE in `vae_dtype`, frozen, on `device`.
+
+    Raises InputError where the files do not hold exactly the tensors of the model.
+    """
+    path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.tensors
+    made: dict[str, Tensor] = {}
+    drops: Iterable[str] = ()
+    if path.is_dir():
+        wanted = sources(svd, folder_source, config)
+    else:
+        wanted, drops = sources(svd, official_source, config), OFFICIAL_DROPS
+        if not any(name.startswith("conditioner.embedders.3.encoder.encoder.") for name in tensors.shapes):
+            wanted, made = _without_conditioner(wanted, config)
+    check(wanted, tensors.shapes, drops, str(path))
+
+    def ready() -> Iterator[tuple[str, Tensor]]:
+        for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
+            tensor, kind = source.build(*parts), vae_dtype if key.startswith("vae.") else dtype
+            # A copy even where nothing changes: a view would keep its part of the file in memory.
+            yield key, tensor.to(device, kind, copy=True, memory_format=memory_format(tensor))
+        for key, tensor in made.items():
+            yield key, tensor.to(device, vae_dtype)
+
+    fill(svd, ready())
+    svd.eval()
+
+
+def _without_conditioner(wanted: dict[str, Source], config: SVDConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
+    """Where the file lacks the conditioner's encoder, the first stage's serves. Its moments come straight from its
+    last convolution, so our quant_conv becomes the identity."""
+    moments = 2 * config.vae.z_channels
+    made = {"vae.quant_conv.weight": torch.eye(moments)[:, :, None, None], "vae.quant_conv.bias": torch.zeros(moments)}
+    old, new = "conditioner.embedders.3.encoder.encoder.", "first_stage_model.encoder."
+    kept = {
+        key: Source(tuple(name.replace(old, new) for name in source.names), source.shape, source.build)
+        for key, source in wanted.items()
+        if key not in made
+    }
+    return kept, made

@@ -1,0 +1,290 @@
+"""Finding and loading official files: every name accounted for, every deviation an error that names it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from official import SMALL, tensor_of, write_official
+from safetensors.torch import load_file, save_file
+
+from minimti import pipeline
+from minimti.checkpoint import find
+from minimti.checkpoint.key_maps import OFFICIAL_DROPS, folder_source, official_source
+from minimti.checkpoint.load import check, open_checkpoint, sources
+from minimti.config import MODELS, from_json, to_json
+from minimti.io.files import InputError
+from minimti.svd import SVD
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+CPU = torch.device("cpu")
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    rows = (line.rstrip("\n").split("\t") for line in open(MANIFESTS / name))
+    return {key: tuple(int(n) for n in shape.split("x") if n) for key, shape in rows}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return write_official(tmp_path_factory.mktemp("weights") / "small.safetensors")
+
+
+def load(path) -> SVD:
+    return pipeline.load(open_checkpoint(str(path)), CPU, torch.float32)
+
+
+def rewritten(small: Path, path: Path, change) -> Path:
+    """A copy of the small file whose tensors went through `change`."""
+    tensors = load_file(small)
+    change(tensors)
+    save_file(tensors, path, {"config": to_json(SMALL)})
+    return path
+
+
+@pytest.mark.parametrize("model", find.REPOSITORIES)
+@pytest.mark.parametrize(
+    "name, source, drops",
+    [
+        ("keys_official.tsv", official_source, OFFICIAL_DROPS),
+        ("keys_diffusers.tsv", folder_source, ()),
+    ],
+)
+def test_every_key_of_the_manifests_is_accounted_for(model, name, source, drops):
+    with torch.device("meta"):
+        svd = SVD(MODELS[model])
+    assert sum(p.numel() for p in svd.unet.parameters()) == 1_524_623_082
+    shapes = manifest(name)
+    wanted = sources(svd, source, MODELS[model])
+    check(wanted, shapes, drops, name)
+    consumed = [key for source in wanted.values() for key in source.names]
+    assert len(consumed) == len(set(consumed))  # no tensor of the file serves twice
+    left = shapes.keys() - set(consumed)
+    assert all(key.startswith("first_stage_model.encoder.") for key in left)
+    with pytest.raises(InputError, match="lacks .*" + consumed[7].replace(".", r"\.")):
+        check(wanted, {k: v for k, v in shapes.items() if k != consumed[7]}, drops, name)
+
+
+def test_values_arrive_under_their_names(small):
+    svd = load(small)
+    state = svd.state_dict()
+    assert all(tensor.device == CPU for tensor in state.values())
+    name = "model.diffusion_model.output_blocks.5.1.time_stack.0.attn2.to_v.weight"
+    ours = state["unet.up_blocks.1.attentions.2.temporal_transformer_blocks.0.attn2.to_v.weight"]
+    assert torch.equal(ours, tensor_of(name, tuple(ours.shape)))
+    name = "first_stage_model.decoder.up.3.block.1.time_stack.in_layers.2.weight"
+    ours = state["vae.decoder.up_blocks.0.resnets.1.temporal_res_block.conv1.weight"]
+    assert torch.equal(ours, tensor_of(name, tuple(ours.shape)))
+    name = "conditioner.embedders.3.encoder.encoder.mid.attn_1.proj_out.weight"
+    ours = state["vae.encoder.mid_block.attentions.0.to_out.0.weight"]
+    assert torch.equal(ours, tensor_of(name, (*ours.shape, 1, 1))[:, :, 0, 0])
+
+
+def test_precision_and_frozenness(small):
+    svd = pipeline.load(open_checkpoint(str(small)), CPU, torch.bfloat16)
+    for network, dtype in ((svd.unet, torch.bfloat16), (svd.image_encoder, torch.bfloat16), (svd.vae, torch.float32)):
+        assert {p.dtype for p in network.parameters()} == {dtype}
+    assert not any(p.requires_grad for p in svd.parameters()) and not svd.training
+
+
+def test_leftovers_of_training_are_dropped_on_purpose(small, tmp_path):
+    def add_leftovers(tensors):
+        for name in OFFICIAL_DROPS:
+            tensors[name + "weight" if name.endswith(".") else name] = torch.zeros(3)
+
+    load(rewritten(small, tmp_path / "w.safetensors", add_leftovers))
+
+
+def test_first_stage_encoder_serves_where_the_conditioner_has_none(small, tmp_path):
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+
+    def move(tensors):
+        for name in [n for n in tensors if n.startswith("conditioner.embedders.3.")]:
+            tensor = tensors.pop(name)
+            if ".quant_conv." not in name:
+                tensors[name.replace("conditioner.embedders.3.encoder.", "first_stage_model.")] = tensor
+
+    svd, moved = load(small), load(rewritten(small, tmp_path / "w.safetensors", move))
+    assert torch.equal(moved.vae.encoder(pixels), svd.vae.encoder(pixels))
+    assert torch.allclose(moved.vae.moments(pixels), svd.vae.encoder(pixels), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.diffusion_model.out.2.bias"), r"lacks model\.diffusion_model\.out\.2\.bias$"),
+        (lambda t: t.update(extra=torch.zeros(1)), "holds unknown extra$"),
+        (
+            lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}),
+            r"has wrong shapes: model\.diffusion_model\.out\.2\.bias \[5\], not \[4\]$",
+        ),
+        (lambda t: [t.pop(k) for k in list(t) if "input_blocks" in k], r"lacks .* and \d+ more$"),
+    ],
+)
+def test_deviations_are_named(small, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        load(rewritten(small, tmp_path / "w.safetensors", change))
+
+
+def test_files_that_are_something_else(small, tmp_path):
+    (tmp_path / "text.safetensors").write_text("these are not the weights you are looking for")
+    (tmp_path / "short.safetensors").write_bytes(small.read_bytes()[:-1000])
+    (tmp_path / "empty.safetensors").touch()
+    for name in ("text", "short", "empty"):
+        with pytest.raises(InputError, match=f"{name}.safetensors: not a complete safetensors file"):
+            open_checkpoint(str(tmp_path / f"{name}.safetensors"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="not Stable Video Diffusion as expected: lacks"):
+        load(tmp_path / "other.safetensors")
+    wrong = [{**json.loads(to_json(SMALL)), "num_frames": n} for n in (-3, "4", None, True, 4.5, float("nan"))]
+    for text in ("{}", "not json", json.dumps({"unet": 3}), "[]", *map(json.dumps, wrong)):
+        save_file({"x": torch.zeros(1)}, tmp_path / "config.safetensors", {"config": text})
+        with pytest.raises(InputError, match="configuration in its metadata cannot be read"):
+            open_checkpoint(str(tmp_path / "config.safetensors"))
+    save_file(
+        {"x": torch.zeros(1)},
+        tmp_path / "config.safetensors",
+        {"config": to_json(SMALL).replace('groups": 32', 'groups": 30')},
+    )
+    with pytest.raises(InputError, match="describes no network"):
+        load(tmp_path / "config.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="a diffusers folder of Stable Video Diffusion holds unet/"):
+        open_checkpoint(str(tmp_path / "folder"))
+    with pytest.raises(InputError, match="nothing: no such file; name one of svd, svd-xt"):
+        open_checkpoint(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("config", [*MODELS.values(), SMALL])
+def test_a_configuration_survives_json(config):
+    assert from_json(to_json(config)) == config
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
+    for name, expected in (("svd_xt_1_1.safetensors", "svd-xt"), ("svd.safetensors", "svd"), ("mine.st", "svd")):
+        (tmp_path / name).touch()
+        assert find.locate(str(tmp_path / name)) == (tmp_path / name, MODELS[expected])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache, and a record of what is downloaded."""
+    cache, downloads = tmp_path / "hub", []
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def download(repository, name):
+        downloads.append((repository, name))
+        return str(in_cache(cache, repository, name))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return cache, downloads
+
+
+def in_cache(cache: Path, repository: str, name: str) -> Path:
+    """Puts an empty file where the hub's library keeps `name` of a repository."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    path = folder / "snapshots" / "abc" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text("abc")
+    return path
+
+
+def test_search_order(hub, tmp_path):
+    """weights/, then the cache, then a download of the smallest set."""
+    cache, downloads = hub
+    local = tmp_path / "weights"
+    local.mkdir()
+    repository = "stabilityai/stable-video-diffusion-img2vid"
+    smallest = [
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "image_encoder/model.fp16.safetensors",
+    ]
+    folder, config = find.locate("svd", local)
+    assert downloads == [(repository, name) for name in smallest] and config == MODELS["svd"]
+    assert sorted(path.as_posix() for path in find.folder_paths(folder).values()) == sorted(
+        (folder / name).as_posix() for name in smallest
+    )
+    assert find.locate("svd", local)[0] == folder and len(downloads) == 3  # this time from the cache
+    single = in_cache(cache, repository, "svd.safetensors")
+    assert find.locate("svd", local)[0] == single
+    (local / "stable-video-diffusion-img2vid").mkdir()
+    assert find.locate("svd", local)[0] == local / "stable-video-diffusion-img2vid"
+    (local / "svd.safetensors").touch()
+    assert find.locate("svd", local)[0] == local / "svd.safetensors"
+    assert len(downloads) == 3
+    assert "xt" in find.locate("svd-xt", local)[0].as_posix() and len(downloads) == 6
+
+
+def test_the_embedded_model_is_never_downloaded(hub, tmp_path):
+    with pytest.raises(InputError, match="tiny.safetensors is not there; make it: python -m minimti.pretrain"):
+        find.locate("tiny", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "tiny.safetensors").touch()
+    assert find.locate("tiny", tmp_path) == (tmp_path / "tiny" / "tiny.safetensors", MODELS["tiny"])
+    assert hub[1] == []
+
+
+def test_the_automatic_choice(hub, tmp_path):
+    """Official weights that are here, those that a GPU wants, else the embedded ones; and nothing is downloaded yet."""
+    cache, downloads = hub
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert find.automatic(cpu, tmp_path) == "tiny" and find.automatic(cuda, tmp_path) == "svd"
+    in_cache(cache, find.REPOSITORIES["svd-xt"], "svd_xt.safetensors")
+    assert find.automatic(cpu, tmp_path) == find.automatic(cuda, tmp_path) == "svd-xt"
+    (tmp_path / "svd.safetensors").touch()
+    assert find.automatic(cpu, tmp_path) == "svd"
+    assert downloads == []
+
+
+def answer(status: int) -> SimpleNamespace:
+    """As much of a response as the library's errors look at; its HTTP client differs between versions."""
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (GatedRepoError("gated", response=answer(403)), "wants its licence accepted"),
+        (HfHubHTTPError("unauthorised", response=answer(401)), "wants its licence accepted"),
+        (HfHubHTTPError("broken", response=answer(503)), "gave no files"),
+        (OSError("no route"), "gave no files"),
+    ],
+)
+def test_a_refused_download_says_what_to_do(hub, tmp_path, monkeypatch, error, reason):
+    def refuse(*args):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(InputError, match=reason) as caught:
+        find.locate("svd-xt", tmp_path)
+    message = str(caught.value)
+    assert "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt" in message
+    assert "hf auth login" in message and "svd_xt.safetensors" in message and "\n" not in message
+
+
+def test_offline_says_what_to_do(tmp_path, monkeypatch):
+    """The library's own answer where the network is switched off (conftest.py)."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(InputError, match="the hub gave no files.*put svd.safetensors from there into"):
+        find.locate("svd", tmp_path)
+
+
+def test_sizes_of_an_official_file_are_not_guessed(small, tmp_path):
+    """A reduced file without its configuration is held against the official sizes, and refused."""
+    save_file(load_file(small), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="not Stable Video Diffusion as expected"):
+        load(tmp_path / "w.safetensors")
+    named = replace(SMALL, name="other")
+    save_file(load_file(small), tmp_path / "w.safetensors", {"config": to_json(named)})
+    assert load(tmp_path / "w.safetensors").config == named

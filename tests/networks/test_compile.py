@@ -1,0 +1,56 @@
+"""torch.compile on the CPU: one graph, the same numbers, nothing compiled again. Minutes of g++, hence marked full."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from official import SMALL, fill_by_name
+
+from minimti import cli
+from minimti.networks.recompute import set_mode
+from minimti.networks.unet import UNet
+
+CONFIG = replace(SMALL.unet, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,))
+CPU = torch.device("cpu")
+
+
+def step(unet: UNet, draw: int, learns: bool) -> list[torch.Tensor]:
+    """In training the output and the gradients of both token sets; in sampling the output for a batch of guidance."""
+    generator = torch.Generator().manual_seed(draw)
+    batch = 1 if learns else 2
+    shapes = ((batch, 3, 8, 8, 8), (batch,), (1, 3, 5, 48), (1, 5, 48))
+    with torch.inference_mode(not learns):
+        x, c_noise, *sets = (torch.randn(shape, generator=generator) for shape in shapes)
+        sets = [tokens.requires_grad_(learns) for tokens in sets]
+        out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]).expand(batch, -1), unet.absorb(*sets))
+        return [out, *(torch.autograd.grad(out.square().sum(), sets) if learns else ())]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("learns, mode", [(True, "balanced"), (True, None), (False, None)])
+def test_one_graph(learns, mode):
+    """`fullgraph` makes a graph break an error; the second step of other values must find the first one's graph."""
+    with torch.device("meta"):
+        unet = UNet(CONFIG)
+    fill_by_name(unet, replace(SMALL, unet=CONFIG), "unet.").requires_grad_(False)
+    set_mode(unet, mode)
+    plain = [step(unet, draw, learns) for draw in range(2)]
+    torch._dynamo.reset()
+    cli.compile_if_asked(unet, True, CPU)
+    for draw in range(2):
+        with torch._dynamo.config.patch(error_on_recompile=draw > 0):
+            for ours, reference in zip(step(unet, draw, learns), plain[draw]):
+                assert (ours - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_only_a_gpu_is_worth_the_wait_by_default(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(UNet, "compile", lambda unet, **options: compiled.append(options))
+    with torch.device("meta"):
+        unet = UNet(CONFIG)
+    for device, asked in ((CPU, None), (torch.device("cuda"), False)):
+        cli.compile_if_asked(unet, asked, device)
+    assert not compiled
+    for device, asked in ((CPU, True), (torch.device("cuda"), None)):
+        cli.compile_if_asked(unet, asked, device)
+    assert compiled == [{"fullgraph": True, "dynamic": False}] * 2

@@ -1,0 +1,101 @@
+"""Options that save memory change nothing else."""
+
+import unittest.mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from official import SMALL, fill_by_name
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+import minimti.networks.attention
+import minimti.networks.lowmem_decode
+from minimti.networks.lowmem_decode import decode
+from minimti.networks.recompute import MODES, flops_per_byte, set_mode
+from minimti.networks.unet import UNet
+from minimti.networks.vae import VAE
+from minimti.svd import SVD, Conditioning
+
+
+def difference(ours: torch.Tensor, plain: torch.Tensor) -> float:
+    return ((ours - plain).norm() / plain.norm()).item()
+
+
+@torch.no_grad()
+@given(num_frames=st.integers(1, 5), cells=st.tuples(st.integers(1, 3), st.integers(2, 4)), rows=st.integers(1, 9))
+def test_decoding_layer_by_layer_is_decoding(num_frames, cells, rows):
+    with torch.device("meta"):
+        vae = VAE(SMALL.vae)
+    decoder = fill_by_name(vae, SMALL, "vae.", torch.float64).decoder
+    z = torch.randn(num_frames, 4, *cells, dtype=torch.float64)
+    plain = decoder(z, num_frames)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        # So many bytes that the widest layers go by `rows` rows, and narrow ones at once.
+        limit = rows * num_frames * 64 * 8 * cells[1] * dtype.itemsize
+        with unittest.mock.patch.object(minimti.decode, "ROWS_BYTES", limit):
+            assert difference(decode(decoder.to(dtype), z.to(dtype)), plain) < tolerance
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    with torch.device("meta"):
+        unet = UNet(SMALL.unet)
+    return fill_by_name(unet, SMALL, "unet.", torch.float64).requires_grad_(False)
+
+
+def gradients(unet: UNet) -> list[torch.Tensor]:
+    """Output, and gradients of both token sets."""
+    generator = torch.Generator().manual_seed(0)
+    x, c_noise, spatial, temporal = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((1, 3, 8, 8, 16), (1,), (1, 3, 5, 48), (1, 5, 48))
+    )
+    spatial, temporal = spatial.requires_grad_(), temporal.requires_grad_()
+    out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]), unet.absorb(spatial, temporal))
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), [spatial, temporal])]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputation_gives_the_same_gradients(unet, mode, monkeypatch):
+    monkeypatch.setattr(minimti.attention, "SLICE", 2**16)  # the feed-forwards of this small network too go in slices
+    set_mode(unet, None)
+    plain = gradients(unet)
+    set_mode(unet, mode)
+    for ours, reference in zip(gradients(unet), plain):
+        assert difference(ours, reference) < 1e-12
+
+
+@torch.no_grad()
+def test_guidance_in_turn_is_guidance_as_a_batch(unet):
+    with torch.device("meta"):
+        svd = SVD(SMALL)
+    svd.unet = unet
+    image, tokens = torch.randn(1, 3, 4, 8, 16, dtype=torch.float64), torch.randn(4, 5, 48, dtype=torch.float64)
+    cond = Conditioning(image, torch.tensor([[6, 127, 0.02]]), tokens[None, :3], tokens[3:])
+    n = torch.randn_like(image)
+    (*_, plain), (*_, ours) = (svd.sample(cond, n, 3, (1.0, 3.0), in_turn=in_turn) for in_turn in (False, True))
+    assert difference(ours, plain) < 1e-12
+
+
+def test_what_is_dear():
+    """FLOPs per byte of a result, against the counter that PyTorch has for FLOPs."""
+    x, weight = torch.randn(2, 6, 7, 9), torch.randn(4, 6, 3, 3)
+    a, b = torch.randn(5, 8), torch.randn(8, 3)
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 11, 8)
+    aten = torch.ops.aten
+    for op, args in (
+        (aten.mm.default, (a, b)),
+        (aten.addmm.default, (torch.randn(3), a, b)),
+        (aten.bmm.default, (a[None], b[None])),
+        (aten.convolution.default, (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)),
+    ):
+        out = op(*args)
+        flops = flop_registry[op.overloadpacket](
+            *(v.shape if torch.is_tensor(v) else v for v in args), out_val=out.shape
+        )
+        assert flops_per_byte(op, args) == flops / out.nbytes
+    flops = sdpa_flop_count(q.shape, k.shape, k.shape)
+    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert flops_per_byte(attention, (q, k, k)) == flops / q.nbytes
+    assert flops_per_byte(aten.silu.default, (x,)) == 0
