@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from official import SMALL, fill_by_name
-from test_diffusers import difference, their_unet
 from test_checkpoint import manifest
+from test_diffusers import difference, their_unet
 
 from minimti.checkpoint.find import FOLDER_FILES
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS

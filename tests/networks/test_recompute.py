@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from official import SMALL, fill_by_name
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-import minimti.networks.attention
-import minimti.networks.lowmem_decode
+from minimti.networks import attention, lowmem_decode
 from minimti.networks.lowmem_decode import decode
 from minimti.networks.recompute import MODES, flops_per_byte, set_mode
 from minimti.networks.unet import UNet
@@ -33,7 +32,7 @@ def test_decoding_layer_by_layer_is_decoding(num_frames, cells, rows):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         # So many bytes that the widest layers go by `rows` rows, and narrow ones at once.
         limit = rows * num_frames * 64 * 8 * cells[1] * dtype.itemsize
-        with unittest.mock.patch.object(minimti.decode, "ROWS_BYTES", limit):
+        with unittest.mock.patch.object(lowmem_decode, "ROWS_BYTES", limit):
             assert difference(decode(decoder.to(dtype), z.to(dtype)), plain) < tolerance
 
 
@@ -58,7 +57,7 @@ def gradients(unet: UNet) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_recomputation_gives_the_same_gradients(unet, mode, monkeypatch):
-    monkeypatch.setattr(minimti.attention, "SLICE", 2**16)  # the feed-forwards of this small network too go in slices
+    monkeypatch.setattr(attention, "SLICE", 2**16)  # the feed-forwards of this small network too go in slices
     set_mode(unet, None)
     plain = gradients(unet)
     set_mode(unet, mode)
@@ -96,6 +95,6 @@ def test_what_is_dear():
         )
         assert flops_per_byte(op, args) == flops / out.nbytes
     flops = sdpa_flop_count(q.shape, k.shape, k.shape)
-    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
-    assert flops_per_byte(attention, (q, k, k)) == flops / q.nbytes
+    fused = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert flops_per_byte(fused, (q, k, k)) == flops / q.nbytes
     assert flops_per_byte(aten.silu.default, (x,)) == 0
