@@ -88,7 +88,7 @@ def test_unet(levels, num_res_blocks, batch, num_frames, num_tokens, cells):
     c_noise = torch.randn(batch, dtype=torch.float64)
     micro = torch.tensor([[6, 127, 0.02], [10, 30, 0.1]], dtype=torch.float64)[:batch]
     tokens = torch.randn(batch, num_tokens, config.context_dim, dtype=torch.float64)
-    contexts = ours.absorb(tokens[:, None].expand(-1, num_frames, -1, -1), tokens)
+    contexts = ours.project_tokens(tokens[:, None].expand(-1, num_frames, -1, -1), tokens)
     out = ours(x, c_noise, micro, contexts)
     assert difference(out, theirs(x, c_noise, tokens, micro).sample) < 1e-10
 

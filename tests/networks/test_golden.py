@@ -71,7 +71,7 @@ def check_unet(path: Path, dtype: torch.dtype, expected: str, tolerance: float) 
     unet.to(dtype)
     names = ("sample", "c_noise", "micro_conditioning", "context_spatial", "context_temporal")
     x, c_noise, micro, spatial, temporal = (golden[name].to(dtype) for name in names)
-    output = unet(x, c_noise, micro, unet.absorb(spatial, temporal))
+    output = unet(x, c_noise, micro, unet.project_tokens(spatial, temporal))
     agree(f"{path.stem} {dtype}", output, golden[expected], tolerance)
 
 
