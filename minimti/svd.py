@@ -22,19 +22,21 @@ class Conditioning:
 
     concat: Tensor  # [B, F, z, h, w], raw latent of the conditioning image, the same for every frame
     micro: Tensor  # [B, 3]: fps id, motion bucket id, noise augmentation
-    spatial: Tensor  # [T, F, N, d], of the last T <= B clips
-    temporal: Tensor  # [T, N, d]
+    spatial: Tensor  # [B, F, N, d]; N = 0 means no tokens
+    temporal: Tensor  # [B, N, d]
 
     def without_image(self) -> "Conditioning":
         """The motion alone: the paper's visualisation of an embedding (4.2)."""
         return replace(self, concat=torch.zeros_like(self.concat))
 
     def negative(self) -> "Conditioning":
-        """The other branch of guidance: neither image nor tokens, the same micro-conditioning.
+        """The other branch of guidance: no image, zeroed tokens, the same micro-conditioning."""
+        zeroed = replace(self, spatial=torch.zeros_like(self.spatial), temporal=torch.zeros_like(self.temporal))
+        return zeroed.without_image()
 
-        Officially its tokens are zeros; to attend to them is to attend to none (UNet.forward).
-        """
-        return replace(self.without_image(), spatial=self.spatial[:0], temporal=self.temporal[:0])
+    def without_tokens(self) -> "Conditioning":
+        """The same as with zeroed tokens, and cheaper (CrossAttention.forward)."""
+        return replace(self, spatial=self.spatial[:, :, :0], temporal=self.temporal[:, :0])
 
     def beside(self, other: "Conditioning") -> "Conditioning":
         """The batch of both."""
@@ -99,7 +101,7 @@ class SVD(nn.Module):
 
     def network(self, cond: Conditioning) -> edm.Network:
         """F_theta of equation 2, given its conditioning."""
-        contexts = self.unet.absorb(cond.spatial, cond.temporal)
+        contexts = self.unet.project_tokens(cond.spatial, cond.temporal)
 
         def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
             return self.unet(torch.cat([x, cond.concat], dim=2), c_noise, cond.micro, contexts)
@@ -121,7 +123,7 @@ class SVD(nn.Module):
         memory, evaluated in turn. Raises FloatingPointError at the end if a step went wrong, naming it: checking as it
         goes would make the device wait.
         """
-        branches = [cond.negative(), cond] if in_turn else [cond.negative().beside(cond)]
+        branches = [cond.negative().without_tokens(), cond] if in_turn else [cond.negative().beside(cond)]
         networks = [self.network(branch) for branch in branches]
         scale = edm.guidance_scale(*guidance, num_frames=n.shape[1]).to(n)
 
