@@ -67,13 +67,15 @@ def main() -> None:
 
     import torch
 
-    from minimti import Motion, animate, read_image, write_clip
+    from minimti import Motion, animate, write_clip
+    from minimti.io.video import decode_image, fit
 
     motion = None if args.emb is None else Motion.load(args.emb)
     if not args.images and not (args.unconditional and motion):
         raise InputError("name an IMAGE to move (only --unconditional with --emb does without)")
     if args.unconditional and motion and len(args.images) > 1:
         raise InputError("--unconditional: an embedding makes the same video without any of the images; name one")
+    decoded = [decode_image(path) for path in args.images]  # before a model is looked for, which may mean a download
     if motion and args.model is None and motion.model not in MODELS:
         raise InputError(f"{args.emb}: made with a model called {motion.model!r}; pass its file or folder as --model")
     model = args.model if args.model is not None else motion.model if motion else "auto"
@@ -82,7 +84,7 @@ def main() -> None:
     if motion:
         motion.check_fits(config)
     size = args.size or (motion.size if motion else config.size)
-    images = [read_image(path, config, size=size) for path in args.images] or [torch.zeros(1, 3, *size[::-1])]
+    images = [fit(pixels, size) for pixels in decoded] or [torch.zeros(1, 3, *size[::-1])]
     paths = outputs(args, Path(args.emb).stem if motion else config.name)
 
     overrides = {"fps_id": args.fps and args.fps - 1, "motion_bucket_id": args.motion_bucket, "cond_aug": args.noise_aug}

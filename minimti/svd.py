@@ -182,8 +182,9 @@ class SVD(nn.Module):
 
     def _fetch(self, name: str) -> None:
         network: nn.Module = getattr(self, name)
-        weight = next(network.parameters(), None)
-        if self.device is not None and weight is not None and weight.device != self.device:
+        if isinstance(network, _Released):
+            network()  # raises
+        if self.device is not None and next(network.parameters()).device != self.device:
             network.to(self.device)
 
 
@@ -194,8 +195,8 @@ class _Released(nn.Module):
         super().__init__()
         self.name = name
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def forward(self, *_: Tensor) -> NoReturn:
         raise RuntimeError(f"{self.name} was released to free its memory; load the model again to use it")
 
-    def forward(self, *_: Tensor) -> NoReturn:
-        self.__getattr__("forward")
+    def __getattr__(self, name: str) -> NoReturn:
+        self.forward()
