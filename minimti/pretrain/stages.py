@@ -19,7 +19,7 @@ from minimti.networks.attention import SpatioTemporalTransformer
 from minimti.networks.layers import Blend, ResBlock, silu
 from minimti.networks.vae import VAE, Decoder
 from minimti.svd import SVD, Conditioning
-from minimti.world.captions import Words, word_ids
+from minimti.world.captions import CaptionEmbedding, word_ids
 from minimti.world.clips import SCENES, captioned_scene, first_frame, habitual_scene, pixels
 from minimti.world.scene import SCALES, SPEED, Scene, flip, render, trajectory
 from minimti.world.shapes import SHAPES
@@ -49,7 +49,7 @@ class PretrainModel(nn.Module):
         dim = config.image_encoder.embed_dim
         self.config = config
         self.svd = SVD(config)
-        self.words = Words(dim)
+        self.words = CaptionEmbedding(dim)
         self.heads = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, len(SHAPES) + NUM_FACTS))
         initialise(self.svd)
         for p in self.svd.parameters():

@@ -163,10 +163,10 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path):
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (replace(SMALLER, size=(60, 48)), "60x48 is no multiple of 16"),
+        (replace(SMALLER, size=(60, 48)), "60x48 is not a multiple of 16"),
         (replace(SMALLER, size=(32, 32)), "32x32 is lower than 48"),
         (replace(SMALLER, size=(96, 48)), "96x48 is neither square nor up to 16:9"),
-        (replace(SMALLER, num_frames=7), "7 frames do not move often enough for the 7 words"),
+        (replace(SMALLER, num_frames=7), "7 frames have too few steps for the 7 words"),
         (replace(SMALLER, vae=replace(TINY.vae, z_channels=4)), "does not fit latents of 4"),
         (
             replace(SMALLER, image_encoder=replace(TINY.image_encoder, embed_dim=32)),
@@ -251,7 +251,7 @@ def test_bf16_joins_what_it_must():
 
 
 def test_words_of_another_world_are_refused(tmp_path, monkeypatch):
-    table = captions.Words(8)
+    table = captions.CaptionEmbedding(8)
     with monkeypatch.context() as other:
         other.setattr(captions, "WORDS", WORDS[:-1] + ("jump",))
         captions.save(table, tmp_path / "words.safetensors")
