@@ -1,4 +1,4 @@
-"""Draws the clips and images beside it:  python examples/draw.py"""
+"""Draws the clips and images of this folder:  python examples/draw.py"""
 
 from pathlib import Path
 
