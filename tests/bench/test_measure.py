@@ -61,6 +61,12 @@ def test_each_library_recomputes_as_the_case_says():
     assert not build(Diffusers, CASE, "cpu").unet.is_gradient_checkpointing
 
 
+def test_weights_are_equal_and_each_library_has_its_own_memory_format():
+    ours, theirs = (build(library, CASE, "cpu").unet.conv_in.weight for library in (SVD, Diffusers))
+    assert (ours == theirs).all()
+    assert ours.is_contiguous(memory_format=torch.channels_last) and theirs.is_contiguous()
+
+
 def test_bf16_is_timed_only_where_the_processor_has_it():
     fp32 = ["tiny_train_fp32", "tiny_train_compiled_fp32", "train_fp32", "denoise_fp32"]
     assert list(cpu_cases(SMALL, bf16=False)) == fp32
@@ -107,6 +113,7 @@ def test_only_runs_by_turns_hold_both_libraries_at_once(by_turns):
     def watched(library, case, device):
         built.append((library, [type(model()) for model in models if model() is not None]))
         model = build(library, case, device)
+        model.call = model.__call__  # a reference cycle, as torch.compile makes one
         models.append(weakref.ref(model))
         return model
 
