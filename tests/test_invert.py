@@ -7,7 +7,8 @@ import pytest
 import torch
 from official import MINI
 
-from minimti import edm, invert as module
+from minimti import edm
+from minimti import invert as module
 from minimti.config import MODELS
 from minimti.invert import OPTIMIZERS, Recipe, draw, invert, loss_and_gradient, make_recipe, view
 from minimti.motion import Motion

@@ -85,7 +85,7 @@ def test_every_public_name_resolves():
     for name in minimti.__all__:
         assert getattr(minimti, name).__name__ == name and name in dir(minimti)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        minimti.nothing
+        _ = minimti.nothing
 
 
 def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
@@ -307,20 +307,20 @@ def test_training_and_sampling_condition_alike(mini_svd, clip, monkeypatch, tmp_
     seen, states, forward, prepare = [], [], mini_svd.unet.forward, mini_svd.prepare
     monkeypatch.setattr(mini_svd.unet, "forward", lambda *args: seen.append(args) or forward(*args))
     monkeypatch.setattr(invert_module, "augment", lambda clip, generator, flip: clip)
-    steps = []
+    starts = []
 
     def recorded(image, tokens, micro, generator):
         states.append(generator.get_state())
         return prepare(image, tokens, micro, generator)
 
     monkeypatch.setattr(mini_svd, "prepare", recorded)
-    learn(
-        mini_svd,
-        clip,
-        recipe=replace(RECIPE, steps=1),
-        progress=lambda p: p.stage == "learn" and p.step == 0 and steps.append(replace(p.motion, tokens=p.motion.tokens.clone())),
-    )
-    steps[0].save(tmp_path / "m.pt")
+
+    def keep(progress: Progress) -> None:
+        if progress.stage == "learn":
+            starts.append(replace(progress.motion, tokens=progress.motion.tokens.clone()))
+
+    learn(mini_svd, clip, recipe=replace(RECIPE, steps=1), progress=keep)
+    starts[0].save(tmp_path / "m.pt")
     start = minimti.Motion.load(tmp_path / "m.pt")
     generator = torch.Generator()
     generator.set_state(states[0])

@@ -75,3 +75,13 @@ def make_folder(path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from error
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises InputError where a folder is not there and cannot be made. Makes none."""
+    parent = Path(path).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    reason = "Not a directory" if not parent.is_dir() else "Permission denied"
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be made a folder ({reason})")

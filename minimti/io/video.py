@@ -60,19 +60,28 @@ def read_clip(
     stride       at least 1
     size         (width, height) in pixels; by default the model's
 
-    Raises InputError as `decode_clip` does.
+    Raises InputError as `decode_clip` does, and for a size that the networks cannot halve often enough.
     """
+    size = check_size(size or config.size, config)
     frames, times, fps = decode_clip(path, num_frames or config.num_frames, start, end, stride)
     source_size = (frames.shape[-1], frames.shape[-2])
-    return Clip(fit(frames, size or config.size), fps, times, str(path), source_size)
+    return Clip(fit(frames, size), fps, times, str(path), source_size)
 
 
 def read_image(path: str | Path, config: SVDConfig, *, size: tuple[int, int] | None = None) -> Tensor:
     """fp32 [1, 3, H, W] in [-1,1], fitted to `size` = (width, height), by default the model's.
 
-    Raises InputError as `decode_image` does.
+    Raises InputError as `decode_image` does, and for a size that the networks cannot halve often enough.
     """
-    return fit(decode_image(path), size or config.size)
+    return fit(decode_image(path), check_size(size or config.size, config))
+
+
+def check_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
+    """(width, height) as it is. Raises InputError where the networks cannot halve such a picture often enough."""
+    multiple = config.size_multiple
+    if any(not 0 < length <= 8192 or length % multiple for length in size):
+        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {multiple}")
+    return size
 
 
 def decode_clip(
