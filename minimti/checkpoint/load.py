@@ -50,8 +50,10 @@ def check(wanted: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: 
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Replaces the parameters of a module by name, frozen. It takes the tensors one by one, so a generator that reads
-    them from a file keeps none of them in memory twice."""
+    """Replaces the parameters of a module by name, frozen.
+
+    It takes the tensors one by one, so a generator that reads them from a file keeps none in memory twice.
+    """
     for key, tensor in tensors:
         owner, _, name = key.rpartition(".")
         setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
