@@ -3,6 +3,7 @@
 Simple functions take the place of networks, so that the tests can check what a loss passes to them.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,6 +183,8 @@ def test_facts_are_pose_colour_and_future_path():
     assert np.allclose(right_and_down[:5], [1, cos, -sin, cos, -sin])
     assert np.allclose(right_and_down[11:17], [-w for w in (*along_x, *along_y)])
     assert stages.facts(arrow(length=0.42 * 64 * np.e))[10] == pytest.approx(4)
+    turning = stages.facts(replace(arrow(), program=("turn",) * 7))
+    assert np.allclose(turning[17:], np.radians([4 * 6, 9 * 6, 13 * 6]))  # 6 degrees per frame, nose up
 
 
 MIRRORED = [0, 3, 4, 8, 11, 12, 13]  # facing, the two facts that it multiplies, x, and displacements in x
