@@ -3,6 +3,7 @@
 Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding decides how it moves.
 """
 
+import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from minimti.config import MODELS, SOLVERS
 from minimti.io.files import InputError, check_folder, check_writable, make_folder
 
 
-def parse():
+def parse() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = cli.Parser(prog="sample.py", description=__doc__)
     motion = parser.add_argument_group("motion and images").add_argument
     motion("images", nargs="*", metavar="IMAGE", help="to animate; one video each")
@@ -42,7 +44,7 @@ def parse():
     return parser.parse_args()
 
 
-def outputs(args, label: str) -> list[Path]:
+def outputs(args: argparse.Namespace, label: str) -> list[Path]:
     """Where each video goes. Raises InputError where one would replace another, or none can be written."""
     names = [f"{Path(image).stem}_{label}.mp4" for image in args.images] or [f"{label}_unconditional.mp4"]
     out = Path(args.out)
@@ -60,6 +62,7 @@ def outputs(args, label: str) -> list[Path]:
 
 
 def main() -> None:
+    """Parse, animate, report."""
     args = parse()
     from dataclasses import replace
 

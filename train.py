@@ -1,5 +1,6 @@
 """Learn the motion of one reference video as an embedding:  python train.py ref.mp4 --out m.pt"""
 
+import argparse
 import time
 
 from minimti import cli
@@ -7,7 +8,8 @@ from minimti.config import MEMORY_MODES, RECIPES
 from minimti.io.files import check_writable, require_file
 
 
-def parse():
+def parse() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = cli.Parser(prog="train.py", description=__doc__)
     clip = parser.add_argument_group("clip").add_argument
     clip("video", metavar="VIDEO", help="the reference")
@@ -47,6 +49,7 @@ def parse():
 
 
 def main() -> None:
+    """Parse, learn, report."""
     args = parse()
     from dataclasses import replace
 

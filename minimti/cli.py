@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"minimti {__version__}")
 
     def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -122,6 +123,7 @@ class Bars:
         self.motion: Motion | None = None  # while it is learnt
 
     def __call__(self, progress: "Progress") -> None:
+        """Moves the bar of the stage, or begins it."""
         from tqdm import tqdm
 
         if progress.stage != self.stage:

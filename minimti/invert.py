@@ -141,6 +141,7 @@ class Adam:
         self.torch_optimizer = torch.optim.Adam([tokens], recipe.lr, capturable=tokens.is_cuda)
 
     def step(self, grad: Tensor) -> None:
+        """One step along a gradient of the tokens' shape."""
         self.tokens.grad = grad
         self.torch_optimizer.step()
         self.tokens.grad = None
