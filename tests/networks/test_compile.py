@@ -18,11 +18,11 @@ def step(unet: UNet, draw: int, learns: bool) -> list[torch.Tensor]:
     """In training the output and the gradients of both token sets; in sampling the output for a batch of guidance."""
     generator = torch.Generator().manual_seed(draw)
     batch = 1 if learns else 2
-    shapes = ((batch, 3, 8, 8, 8), (batch,), (1, 3, 5, 48), (1, 5, 48))
+    shapes = ((batch, 3, 8, 8, 8), (batch,), (batch, 3, 5, 48), (batch, 5, 48))
     with torch.inference_mode(not learns):
         x, c_noise, *sets = (torch.randn(shape, generator=generator) for shape in shapes)
         sets = [tokens.requires_grad_(learns) for tokens in sets]
-        out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]).expand(batch, -1), unet.absorb(*sets))
+        out = unet(x, c_noise, torch.tensor([[6, 127, 0.02]]).expand(batch, -1), unet.project_tokens(*sets))
         return [out, *(torch.autograd.grad(out.square().sum(), sets) if learns else ())]
 
 

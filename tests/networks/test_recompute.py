@@ -13,7 +13,7 @@ from minimti.networks.attention import FeedForward
 from minimti.networks.lowmem_decode import decode
 from minimti.networks.recompute import MODES, flops_per_byte, set_mode
 from minimti.networks.unet import UNet
-from minimti.networks.vae import VAE
+from minimti.networks.vae import VAE, Decoder
 from minimti.svd import SVD, Conditioning
 
 
@@ -21,20 +21,34 @@ def difference(ours: torch.Tensor, plain: torch.Tensor) -> float:
     return ((ours - plain).norm() / plain.norm()).item()
 
 
-@torch.no_grad()
-@given(num_frames=st.integers(1, 5), cells=st.tuples(st.integers(1, 3), st.integers(2, 4)), rows=st.integers(1, 9))
-def test_decoding_layer_by_layer_is_decoding(num_frames, cells, rows):
+def small_decoder() -> Decoder:
+    """In float64. From latents of w cells a row, the widest levels are 64 channels at 2 w and 32 channels at 4 w."""
     config = replace(SMALL.vae, ch_mult=(1, 2, 2), num_res_blocks=1)
     with torch.device("meta"):
         vae = VAE(config)
-    decoder = fill_by_name(vae, replace(SMALL, vae=config), "vae.", torch.float64).decoder
+    return fill_by_name(vae, replace(SMALL, vae=config), "vae.", torch.float64).decoder
+
+
+@torch.no_grad()
+@given(num_frames=st.integers(1, 5), cells=st.tuples(st.integers(1, 3), st.integers(2, 4)), rows=st.integers(1, 9))
+def test_decoding_layer_by_layer_is_decoding(num_frames, cells, rows):
+    decoder = small_decoder()
     z = torch.randn(num_frames, 4, *cells, dtype=torch.float64)
     plain = decoder(z, num_frames)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        # The upper two levels, of 32 channels 4 w wide and 64 channels 2 w wide, go by `rows` rows; the lowest by twice
-        # as many.
-        rows_bytes = rows * num_frames * 32 * 4 * cells[1] * dtype.itemsize
+        rows_bytes = rows * num_frames * 32 * 4 * cells[1] * dtype.itemsize  # the widest levels go by `rows` rows
         assert difference(decode(decoder.to(dtype), z.to(dtype), rows_bytes), plain) < tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows_bytes, num_rows", [(1, [1] * 12), (5 * 3 * 32 * 8 * 8, [5, 5, 2]), (2**30, [12])])
+def test_temporal_layers_take_as_many_rows_as_fit(rows_bytes, num_rows):
+    """At the last level: 3 frames of 32 channels, 12 rows of 8 numbers of 8 bytes."""
+    seen, decoder = [], small_decoder()
+    second = decoder.up_blocks[-1].resnets[-1].temporal_res_block.conv2  # used once for each group of rows
+    second.register_forward_hook(lambda layer, inputs, out: seen.append(out.shape[-1] // 8))
+    decode(decoder, torch.randn(3, 4, 3, 2, dtype=torch.float64), rows_bytes)
+    assert seen == num_rows
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,9 @@ def test_contexts_of_other_clips_are_refused(svd):
     one = svd.unet.project_tokens(two["spatial"][:1], two["temporal"][:1])
     with pytest.raises(ValueError, match="3 spatial and 1 temporal sets of tokens do not fit 2 clips of 3 frames"):
         svd.unet(two["x"], two["c_noise"], two["micro"], one)
+    three_of_two_frames = torch.randn(3, 2, 3, 48), torch.randn(3, 3, 48)
+    with pytest.raises(ValueError, match="6 spatial and 3 temporal sets of tokens do not fit 2 clips of 3 frames"):
+        svd.unet(two["x"], two["c_noise"], two["micro"], svd.unet.project_tokens(*three_of_two_frames))
 
 
 @torch.no_grad()
