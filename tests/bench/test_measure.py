@@ -21,7 +21,7 @@ from minimti.svd import SVD
 pytest.importorskip("diffusers")
 
 UNET = replace(SMALL.unet, channel_mult=(1,), attention_resolutions=(1,), num_res_blocks=1)
-TOY = replace(SMALL, num_frames=2, size=(32, 16), unet=UNET, vae=replace(SMALL.vae, ch_mult=(1, 2)))
+TOY = replace(SMALL, num_frames=2, size=(32, 16), unet=UNET, vae=replace(SMALL.vae, ch_mult=(1, 2), num_res_blocks=1))
 CASE = Case(TRAIN, TOY, torch.float32)
 
 
@@ -120,7 +120,6 @@ def test_only_runs_by_turns_hold_both_libraries_at_once(by_turns):
     step = Step(lambda model: runs.append(type(model)), networks=(), inputs=())
     timing = clock(replace(CASE, step=step), "cpu", repeats=2, by_turns=by_turns, build=watched)
     assert built == [(SVD, []), (Diffusers, [SVD] if by_turns else [])]
-    assert not any(model() for model in models)
     warm_up = [SVD, Diffusers]
     assert runs == (warm_up + [SVD, Diffusers] * 2 if by_turns else [SVD] * 3 + [Diffusers] * 3)
     assert timing.ours_s > 0 and timing.diffusers_s > 0 and timing.ours_gib is None
