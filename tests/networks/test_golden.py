@@ -1,7 +1,7 @@
 """Outputs of the official code, reproduced.
 
-Runs over every file of the folder MINIMTI_GOLDEN names (default: tests/golden). The kind of a file is its stem up to
-the first underscore; sizes, batch, F and N come from the file. Expected agreement: golden/README.md.
+Runs over every file of the folder that MINIMTI_GOLDEN names (default: tests/golden). The kind of a file is its stem up
+to the first underscore; sizes, batch, F and N come from the file. Expected agreement: golden/README.md.
 """
 
 import json
@@ -26,6 +26,7 @@ from minimti.networks.vae import VAE
 from minimti.svd import SVD, Conditioning
 
 FOLDER = Path(os.environ.get("MINIMTI_GOLDEN", Path(__file__).parents[1] / "golden"))
+IMPORTS = Path(__file__).parents[2], Path(__file__).parents[1]  # minimti and official.py, for a subprocess
 FP32, FP64, SAMPLER_FP32 = 1e-5, 1e-10, 1e-4  # norm of the difference over norm
 
 
@@ -70,7 +71,7 @@ def check_unet(path: Path, dtype: torch.dtype, expected: str, tolerance: float) 
     unet.to(dtype)
     names = ("sample", "c_noise", "micro_conditioning", "context_spatial", "context_temporal")
     x, c_noise, micro, spatial, temporal = (golden[name].to(dtype) for name in names)
-    output = unet(x, c_noise, micro, unet.absorb(spatial, temporal))
+    output = unet(x, c_noise, micro, unet.project_tokens(spatial, temporal))
     agree(f"{path.stem} {dtype}", output, golden[expected], tolerance)
 
 
@@ -84,11 +85,15 @@ def test_unet(path):
 
 @pytest.mark.parametrize("path", files("unet"))
 def test_unet_in_float64(path):
-    """In a process of its own. The sinusoids stay in fp32, and MKL, which PyTorch asks for exp, rounds that otherwise
-    on some processors: 2e-9 of the output. In its compatible mode it rounds as where the files were made."""
+    """In a process of its own, with MKL in its compatible mode.
+
+    The sinusoids stay in fp32, and PyTorch computes their exp with MKL, whose rounding differs between processors: the
+    output changes by 2e-9. In the compatible mode it is the rounding of the machine that made the files.
+    """
     if "output_f64" in read(path)[1]:
         command = [sys.executable, __file__, str(path)]
-        ran = subprocess.run(command, env=os.environ | {"MKL_CBWR": "COMPATIBLE"}, capture_output=True, text=True)
+        env = os.environ | {"MKL_CBWR": "COMPATIBLE", "PYTHONPATH": os.pathsep.join(map(str, IMPORTS))}
+        ran = subprocess.run(command, env=env, capture_output=True, text=True)
         print(ran.stdout, end="")
         assert ran.returncode == 0, ran.stderr
 
