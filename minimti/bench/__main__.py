@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None):
     """The arguments; None stands for those of the process."""
     parser = cli.Parser(prog="python -m minimti.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there, after every step")
-    parser.add_argument("--only", choices=("costs", "ratios"), help="half of the work (default: both)")
+    parser.add_argument("--only", choices=("costs", "ratios"), help="from shapes, or measured (default: both)")
     parser.add_argument("--repeats", type=cli.integer(1, 1000), default=5, help="runs to time (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -107,6 +107,7 @@ def plan(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises InputError where diffusers is missing or the report cannot be written."""
     args = parse(argv)
     path = check_writable(args.json) if args.json else None
     try:

@@ -54,6 +54,8 @@ class Timing:
 
 
 class Run(NamedTuple):
+    """One run of a step."""
+
     seconds: float
     gib: float | None  # peak of allocated memory, on CUDA
 
