@@ -7,7 +7,7 @@ full-size UNet on a smaller clip, by turns. Where a step is called compiled, our
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -54,13 +54,18 @@ def parse(argv: Sequence[str] | None):
     """The arguments; None stands for those of the process."""
     parser = cli.Parser(prog="python -m minimti.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there, after every step")
-    parser.add_argument("--only", choices=("costs", "ratios"), help="half of the work (default: both)")
+    parser.add_argument("--only", choices=("costs", "ratios"), help="from shapes, or measured (default: both)")
     parser.add_argument("--repeats", type=cli.integer(1, 1000), default=5, help="runs to time (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def compare(
-    report: Report, estimated: Mapping[str, Case], timed: Mapping[str, Case], device: str, repeats: int
+    report: Report,
+    estimated: Mapping[str, Case],
+    timed: Mapping[str, Case],
+    device: str,
+    repeats: int,
+    clock: Callable[[Case, str, int, bool], Timing] = clock,
 ) -> None:
     """Estimates some cases, times others, and prints the report.
 
@@ -78,15 +83,31 @@ def compare(
             if not case.step.repeatable:
                 continue
             print(f"timing {name}", file=sys.stderr)
-            report.timings[name] = timing = clock(case, device, repeats, by_turns=device == "cpu")
+            report.timings[name] = timing = clock(case, device, repeats, device == "cpu")
             report.save()
             print(f"  {cell([timing.ours_s, timing.diffusers_s], 3)} s", file=sys.stderr)
     finally:
         print(report)
 
 
-def main(argv: Sequence[str] | None = None, config: SVDConfig = MODELS["svd"]) -> None:
-    """Runs the benchmark of a model's sizes with the given command-line arguments."""
+def plan(
+    config: SVDConfig, only: str | None, bf16_speedup: Callable[[], float] = bf16_speedup
+) -> tuple[str, str, dict[str, Case], dict[str, Case]]:
+    """For a model's sizes: the device, its name, the cases to estimate and the cases to time on it."""
+    estimated = {} if only == "ratios" else official_cases(config)
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name(), estimated, {} if only == "costs" else official_cases(config)
+    hardware = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
+    if only == "costs":
+        return "cpu", hardware, estimated, {}
+    bf16 = bf16_speedup() > EMULATED
+    if not bf16:
+        print("no times in bf16: this processor only emulates it", file=sys.stderr)
+    return "cpu", hardware, estimated, cpu_cases(config, bf16)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises InputError where diffusers is missing or the report cannot be written."""
     args = parse(argv)
     path = check_writable(args.json) if args.json else None
     try:
@@ -94,17 +115,8 @@ def main(argv: Sequence[str] | None = None, config: SVDConfig = MODELS["svd"]) -
     except ImportError as error:
         raise InputError("diffusers, to compare with, is not installed: pip install -e '.[test]'") from error
     versions = {"minimti": minimti.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
-    if torch.cuda.is_available():
-        device, hardware, timed = "cuda", torch.cuda.get_device_name(), official_cases(config)
-    else:
-        device, hardware = "cpu", f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
-        bf16 = args.only != "costs" and bf16_speedup() > EMULATED
-        if args.only != "costs" and not bf16:
-            print("no times in bf16: this processor only emulates it", file=sys.stderr)
-        timed = cpu_cases(config, bf16)
-    report = Report(hardware, versions, path)
-    estimated = {} if args.only == "ratios" else official_cases(config)
-    compare(report, estimated, {} if args.only == "costs" else timed, device, args.repeats)
+    device, hardware, estimated, timed = plan(MODELS["svd"], args.only)
+    compare(Report(hardware, versions, path), estimated, timed, device, args.repeats)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ Library = type[SVD] | type[Diffusers]
 
 @dataclass(frozen=True)
 class Step:
+    """A computation that both libraries can do, with what it needs."""
+
     run: Callable[..., Tensor]  # run(model, *inputs)
     networks: tuple[str, ...]  # those that it uses
     inputs: tuple[str, ...]  # names in `inputs`
@@ -82,6 +84,8 @@ SAMPLE = Step(sample, ("unet", "vae", "image_encoder"), ("image", "tokens"), rep
 
 @dataclass(frozen=True)
 class Case:
+    """A step at one size and precision. The settings of both libraries stand in one case."""
+
     step: Step
     config: SVDConfig
     dtype: torch.dtype  # weights of the UNet and the image encoder; inputs are fp32

@@ -36,6 +36,8 @@ FORMULAS = flop_registry | {
 
 @dataclass(frozen=True)
 class Cost:
+    """What a computation needs."""
+
     weights_gib: float  # parameters and buffers
     peak_gib: float  # largest sum of live tensors, weights included; an allocator needs more
     tflop: float  # matrix products, convolutions and attention

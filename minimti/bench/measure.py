@@ -54,6 +54,8 @@ class Timing:
 
 
 class Run(NamedTuple):
+    """One run of a step."""
+
     seconds: float
     gib: float | None  # peak of allocated memory, on CUDA
 
@@ -74,10 +76,13 @@ def clock(
     """
     libraries: list[Library] = [SVD, Diffusers] if case.compared else [SVD]
     runs: dict[Library, list[Run]] = {}
-    for group in [libraries] if by_turns else [[library] for library in libraries]:
-        runs |= _runs(group, case, device, repeats, build)
-        gc.collect()
-        torch.cuda.empty_cache()
+    if by_turns:
+        runs = _runs(libraries, case, device, repeats, build)
+    else:
+        for library in libraries:
+            runs |= _runs([library], case, device, repeats, build)
+            gc.collect()  # a compiled module is part of a reference cycle
+            torch.cuda.empty_cache()
     return summarise(runs.get(SVD, []), runs.get(Diffusers, []))
 
 

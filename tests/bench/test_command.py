@@ -9,19 +9,19 @@ import torch
 from official import SMALL
 
 from minimti import cli
-from minimti.bench.__main__ import Report, compare, main
+from minimti.bench.__main__ import Report, compare, main, plan
 from minimti.bench.cases import TRAIN, Case, Step, official_cases
-from minimti.config import MODELS
+from minimti.bench.measure import summarise
 
 pytest.importorskip("diffusers")
 
 UNET = replace(SMALL.unet, channel_mult=(1,), attention_resolutions=(1,), num_res_blocks=1)
-TOY = replace(SMALL, num_frames=2, size=(32, 16), unet=UNET, vae=replace(SMALL.vae, ch_mult=(1, 2)))
+TOY = replace(SMALL, num_frames=2, size=(32, 16), unet=UNET, vae=replace(SMALL.vae, ch_mult=(1, 2), num_res_blocks=1))
 
 
 def exit_code(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: main(arguments, TOY))
+        cli.run(lambda: main(arguments))
     return ended.value.code
 
 
@@ -41,18 +41,39 @@ def test_costs_are_printed_and_saved(tmp_path, capsys):
     assert [row.split()[1] for row in rows[2:]] == list(found["costs"])
 
 
-def test_ratios_of_the_whole_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with torch.compiler.set_stance("force_eager"):  # compiling takes minutes
-        main(["--json", str(tmp_path / "b.json"), "--only", "ratios", "--repeats", "1"], replace(TOY, vae=SMALL.vae))
+def test_ratios_are_printed_and_saved(tmp_path, capsys):
+    report = Report("a CPU", {"torch": "2.14"}, tmp_path / "b.json")
+    compare(report, {}, {"train": Case(TRAIN, TOY, torch.float32)}, "cpu", repeats=1)
     found = json.loads((tmp_path / "b.json").read_text())
+    timing = found["ratios"]["train"]
+    assert timing["ratio"] == pytest.approx(timing["diffusers_s"] / timing["ours_s"])
     assert found["costs"] == {}
-    assert {"tiny_train_fp32", "tiny_train_compiled_fp32", "train_fp32", "denoise_fp32"} <= found["ratios"].keys()
-    for timing in found["ratios"].values():
-        assert timing["ratio"] == pytest.approx(timing["diffusers_s"] / timing["ours_s"])
-    streams = capsys.readouterr()
-    assert f"torch {torch.__version__}" in streams.out
-    assert ("train_bf16" in found["ratios"]) != ("only emulates" in streams.err)
+    assert f"| {timing['ratio']:.2f} (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("only", [None, "costs", "ratios"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_gpu_is_timed_on_the_official_steps_and_a_cpu_on_small_ones(gpu, only, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    device, hardware, estimated, timed = plan(TOY, only)
+    assert (device, hardware == "a card") == (("cuda", True) if gpu else ("cpu", False))
+    assert estimated == ({} if only == "ratios" else official_cases(TOY))
+    if only == "costs":
+        assert timed == {}
+    elif gpu:
+        assert timed == official_cases(TOY)
+    else:
+        assert {"tiny_train_fp32", "train_fp32", "denoise_fp32"} <= timed.keys()
+        assert {case.config.size for case in timed.values()} == {(64, 64), (128, 128)}
+
+
+@pytest.mark.parametrize("speedup", [0.1, 0.9])
+def test_bf16_is_timed_only_where_the_processor_has_it(speedup, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    *_, timed = plan(TOY, "ratios", lambda: speedup)
+    assert ("train_bf16" in timed) == (speedup == 0.9)
+    assert ("only emulates" in capsys.readouterr().err) == (speedup == 0.1)
 
 
 def test_a_failure_loses_nothing_that_was_measured_before_it(tmp_path, capsys):
@@ -66,6 +87,19 @@ def test_a_failure_loses_nothing_that_was_measured_before_it(tmp_path, capsys):
         compare(report, {}, {"good": good, "bad": bad}, "cpu", repeats=1)
     assert json.loads((tmp_path / "b.json").read_text())["ratios"].keys() == {"good"}
     assert "| good " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_holds_one_library_at_a_time(device):
+    calls = []
+
+    def clock(case, device, repeats, by_turns):
+        calls.append((case, device, repeats, by_turns))
+        return summarise([], [])
+
+    case = Case(TRAIN, TOY, torch.float32)
+    compare(Report("", {}), {}, {"train": case}, device, repeats=3, clock=clock)
+    assert calls == [(case, device, 3, device == "cpu")]
 
 
 def test_a_step_that_releases_networks_is_not_timed():
@@ -90,17 +124,16 @@ def test_without_diffusers_the_message_says_how_to_install_it(capsys, monkeypatc
 
 
 @pytest.mark.full
-def test_costs_of_the_official_size():
+def test_costs_of_the_official_size(tmp_path):
     """Upper limits. Fake tensors, but they take minutes."""
-    report = Report("", {})
-    compare(report, official_cases(MODELS["svd"]), {}, "cpu", repeats=1)
-    ours = {name: cost for name, (cost, _) in report.costs.items()}
+    main(["--only", "costs", "--json", str(tmp_path / "b.json")])
+    ours = json.loads((tmp_path / "b.json").read_text())["costs"]
     limits = {"train_fast": (28, 104), "train_balanced": (14, 118), "train_low": (7, 145)}
     for name, (gib, tflop) in limits.items():
-        assert ours[name].peak_gib <= gib
-        assert ours[name].tflop <= tflop
-    assert ours["denoise"].peak_gib <= 5
-    assert ours["decode_bf16"].peak_gib <= 5
-    assert ours["sample"].peak_gib <= 6
-    assert ours["encode_per_step"].tflop <= 4  # the paper's recipe: 100 views for 1000 steps
-    assert ours["train_balanced"].traffic_tb + ours["encode_per_step"].traffic_tb <= 0.70
+        assert ours[name]["peak_gib"] <= gib
+        assert ours[name]["tflop"] <= tflop
+    assert ours["denoise"]["peak_gib"] <= 5
+    assert ours["decode_bf16"]["peak_gib"] <= 5
+    assert ours["sample"]["peak_gib"] <= 6
+    assert ours["encode_per_step"]["tflop"] <= 4  # the paper's recipe: 100 views for 1000 steps
+    assert ours["train_balanced"]["traffic_tb"] + ours["encode_per_step"]["traffic_tb"] <= 0.70
