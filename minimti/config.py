@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 MEMORY_MODES = ("fast", "balanced", "low")  # how much of the forward pass a training step recomputes, least first
 SOLVERS = ("euler", "heun", "dpmpp-2m")
-RECIPES = ("paper", "muon")  # of an inversion
+RECIPES = ("paper", "muon")  # how an inversion optimises
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,15 +71,15 @@ class SVDConfig:
     name: str  # an embedding only fits the model it was optimised on
     num_frames: int  # F
     size: tuple[int, int]  # width, height in pixels
-    num_steps: int  # of the Euler sampler
+    num_steps: int  # Euler steps of a sample
     sigma_min: float
     sigma_max: float
     rho: float  # curvature of the Karras schedule
     p_mean: float  # inversion draws ln(sigma) ~ N(p_mean, p_std^2), paper B.2
     p_std: float
-    num_iterations: int  # of an inversion by the paper's recipe, B.2
-    recipe: str  # of RECIPES: how an inversion optimises by default
-    memory: str | None  # of MEMORY_MODES: the default of an inversion; None recomputes nothing
+    num_iterations: int  # optimisation steps of the paper's recipe, B.2
+    recipe: str  # the default of an inversion, one of RECIPES
+    memory: str | None  # the default of an inversion, one of MEMORY_MODES; None recomputes nothing
     note: str  # printed when the model is loaded; "" for none
     micro: MicroConditioning
     unet: UNetConfig

@@ -31,7 +31,7 @@ FOLDER_FILES = {
 
 
 def locate(model: str, weights: Path = WEIGHTS) -> tuple[Path, SVDConfig]:
-    """The file or folder of a model, and the sizes it has unless its metadata says otherwise.
+    """The file or folder of a model, and the sizes it has unless its metadata gives others.
 
     `model` is a name of MODELS or a path. An official name is looked up in `weights`, then in the hub's local cache,
     then downloaded; `tiny` is in `weights` or in the installed package. A path gives the sizes of the official model
@@ -53,7 +53,7 @@ def locate(model: str, weights: Path = WEIGHTS) -> tuple[Path, SVDConfig]:
         except InputError as error:
             known = ", ".join(MODELS)
             raise InputError(f"--model {error}; name one of {known}, a .safetensors file, or a folder") from error
-    names = (path.name, path.resolve().name)  # of a link and of its target
+    names = (path.name, path.resolve().name)  # a link and its target
     for official in reversed(REPOSITORIES):  # the longest first, as each name begins the next one
         prefixes = (Path(SINGLE_FILES[official]).stem, Path(REPOSITORIES[official]).name)
         if any(name.startswith(prefixes) for name in names):

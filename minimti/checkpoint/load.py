@@ -29,17 +29,17 @@ def sources(module: nn.Module, source: Callable[..., Source], config: SVDConfig,
     return {key: source(prefix + key, tuple(tensor.shape), config) for key, tensor in module.state_dict().items()}
 
 
-def check(wanted: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: Iterable[str], where: str) -> None:
+def check(needed: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: Iterable[str], where: str) -> None:
     """Compares the tensors that a module needs with those that a file has.
 
-    wanted  from `sources`
+    needed  from `sources`
     shapes  of the file's tensors by name
     drops   prefixes of the names that the file may have in addition
     where   the file, for the message
 
     Raises InputError, naming up to three tensors, where some are missing, unknown or of other shapes.
     """
-    expected = {name: source.shape for source in wanted.values() for name in source.names}
+    expected = {name: source.shape for source in needed.values() for name in source.names}
     missing = sorted(expected.keys() - shapes.keys())
     unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.startswith(tuple(drops)))
     wrong = [f"{n} {list(shapes[n])}, not {list(s)}" for n, s in expected.items() if shapes.get(n, s) != s]
@@ -150,15 +150,15 @@ def load_into(
     made: dict[str, Tensor] = {}
     drops: Iterable[str] = ()
     if path.is_dir():
-        wanted = sources(svd, folder_source, config)
+        needed = sources(svd, folder_source, config)
     else:
-        wanted, drops = sources(svd, official_source, config), OFFICIAL_DROPS
+        needed, drops = sources(svd, official_source, config), OFFICIAL_DROPS
         if not any(name.startswith("conditioner.embedders.3.encoder.encoder.") for name in tensors.shapes):
-            wanted, made = _without_conditioner(wanted, config)
-    check(wanted, tensors.shapes, drops, str(path))
+            needed, made = _without_conditioner(needed, config)
+    check(needed, tensors.shapes, drops, str(path))
 
     def ready() -> Iterator[tuple[str, Tensor]]:
-        for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
+        for (key, source), parts in zip(needed.items(), tensors.read(s.names for s in needed.values())):
             tensor, kind = source.build(*parts), vae_dtype if key.startswith("vae.") else dtype
             # A copy even where device and dtype are the same: a view would keep its part of the file in memory.
             yield key, tensor.to(device, kind, copy=True, memory_format=memory_format(tensor))
@@ -169,7 +169,7 @@ def load_into(
     svd.eval()
 
 
-def _without_conditioner(wanted: dict[str, Source], config: SVDConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
+def _without_conditioner(needed: dict[str, Source], config: SVDConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
     """The sources, and tensors that are made instead, for a file without the encoder of its conditioner.
 
     The encoder of its first stage is used in its place. That one has no quant_conv: its moments are the output of its
@@ -180,7 +180,7 @@ def _without_conditioner(wanted: dict[str, Source], config: SVDConfig) -> tuple[
     old, new = "conditioner.embedders.3.encoder.encoder.", "first_stage_model.encoder."
     kept = {
         key: Source(tuple(name.replace(old, new) for name in source.names), source.shape, source.build)
-        for key, source in wanted.items()
+        for key, source in needed.items()
         if key not in made
     }
     return kept, made

@@ -34,7 +34,7 @@ class Clip:
     """Frames of a video at a model's size, and where they come from."""
 
     frames: Tensor  # fp32 [F, 3, H, W] in [-1,1]
-    fps: float  # of these frames, which are not always neighbours in the file
+    fps: float  # rate of these frames, lower than the file's where frames between them are left out
     times: tuple[float, ...]  # at which the F frames are shown, in seconds since the file's first frame
     source: str  # path of the file
     source_size: tuple[int, int]  # width, height of the upright frames in the file, in pixels
@@ -216,7 +216,7 @@ def decode_image(path: str | Path) -> Tensor:
 def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 [F, 3, H, W] -> fp32 [F, 3, height, width] in [-1,1], for size = (width, height) in pixels.
 
-    Crops to the largest central part of the wanted aspect ratio, then resizes (bicubic, antialiased). References and
+    Crops to the largest central part of this aspect ratio, then resizes (bicubic, antialiased). References and
     images to animate go through the same function.
     """
     width, height = size
