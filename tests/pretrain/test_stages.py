@@ -312,7 +312,7 @@ def test_noise_levels_of_a_batch_are_stratified():
     levels = torch.cat([denoised(4, seed)[2].log()[None] for seed in range(200)])  # [200, 4]
     assert levels.mean().item() == pytest.approx(1.5, abs=0.15) and levels.std().item() == pytest.approx(1.7, abs=0.15)
     ordered = (levels.sort(dim=1)[0] - 1.5) / 1.7
-    quartiles = torch.tensor([-0.674, 0.0, 0.674])  # of a standard normal
+    quartiles = torch.tensor([-0.674, 0.0, 0.674])  # those of a standard normal
     for i, bound in enumerate(quartiles):
         assert ordered[:, i].max() <= bound + 0.02 and ordered[:, i + 1].min() >= bound - 0.02
     assert levels[:, 0].std() > 0.5  # and not always the same
