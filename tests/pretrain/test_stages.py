@@ -16,7 +16,7 @@ from minimti.muon import is_matrix
 from minimti.networks.vae import VAE
 from minimti.pretrain import stages
 from minimti.pretrain.stages import EncodedClips, PretrainModel
-from minimti.world.clips import SCENES, pixels
+from minimti.world.clips import SCENES, habitual_scene, pixels
 from minimti.world.scene import WORDS, Background, Scene, Sprite, render
 from minimti.world.shapes import SHAPES
 
@@ -367,6 +367,15 @@ def test_muon_gets_nearly_all_weights_of_the_transformers_and_convolutions():
     for part in ("svd.unet", "svd.image_encoder"):
         sizes = {k: p.numel() for k, p in model.named_parameters() if k.startswith(part)}
         assert sum(n for k, n in sizes.items() if kinds[k]) > 0.95 * sum(sizes.values())
+
+
+def test_latents_start_as_large_as_pictures_with_little_noise():
+    torch.manual_seed(0)
+    model, frames = PretrainModel(SMALLER), pixels(render(habitual_scene(rng(), SMALLER)))
+    with torch.no_grad():
+        mean, log_variance = stages.posterior(model.svd.vae, frames)
+    assert 0.3 < mean.square().mean().sqrt() / frames.square().mean().sqrt() < 3
+    assert abs(log_variance.mean() + 6) < 1
 
 
 def test_branches_start_at_zero():
