@@ -155,6 +155,30 @@ def test_the_decoder_is_trained_on_half_a_clip_with_noise_of_many_levels():
     assert 0.9 * 0.6 < max(levels) < 1.02 * 0.6 and min(levels) < 0.1 * 0.6
 
 
+def test_frames_and_clips_come_from_all_parts_of_a_scene(monkeypatch):
+    """Two different frames of each scene for the first stage, half of its frames in a row for the second."""
+    scene, given = SCENES["habits"](rng(), TINY), []
+    clip = pixels(render(scene))
+    monkeypatch.setattr(stages, "captioned_scene", lambda rng, config: scene)
+
+    def moments(frames):
+        given.append([int((clip - frame).abs().flatten(1).mean(1).argmin()) for frame in frames])
+        return torch.cat([frames, frames], dim=1)
+
+    model = autoencoder(moments, lambda z: z)
+    model.config = TINY
+    for seed in range(40):
+        stages.frames_loss(model, {}, rng(seed), 4)
+    assert all(a != b and c != d for a, b, c, d, *_ in given)
+    assert {frame for frames in given for frame in frames[:4]} == set(range(14))
+    given.clear()
+    model.svd.vae.decoder, model.svd.vae.config = lambda z, _: z, SMALL
+    for seed in range(60):
+        stages.clips_loss(model, {}, rng(seed), 1)
+    assert all(frames == list(range(frames[0], frames[0] + 7)) for frames in given)
+    assert {frames[0] for frames in given} == set(range(8))
+
+
 def test_the_encoder_gets_no_gradient_from_clips():
     torch.manual_seed(0)
     model = PretrainModel(SMALLER)
@@ -384,6 +408,12 @@ def test_branches_start_at_zero():
     assert not any(p.any() for p in unet.conv_out.parameters())
     blocks = [module for name, module in unet.named_modules() if name.endswith("proj_out")]
     assert len(blocks) > 3 and not any(p.any() for block in blocks for p in block.parameters())
+
+
+def test_space_and_time_have_equal_weight_at_first():
+    model = PretrainModel(SMALLER)
+    weights = [p.sigmoid().item() for name, p in model.named_parameters() if name.endswith("mix_factor")]
+    assert len(weights) > 10 and set(weights) == {0.5}
 
 
 def test_maps_move_latents_as_they_move_pictures():
