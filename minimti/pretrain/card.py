@@ -17,7 +17,7 @@ Row = dict[str, str | int | float]  # column -> value; kept as JSON in the metad
 class Record:
     """What is measured of a stage while it runs."""
 
-    losses: list[float] = field(default_factory=list)  # of every step
+    losses: list[float] = field(default_factory=list)  # one per step
     seconds: float = 0.0
     hardware: list[str] = field(default_factory=list)
     psnr: float | None = None  # dB, of held-out frames

@@ -62,7 +62,7 @@ class PretrainSettings:
     measured: int  # held-out clips whose reconstruction is measured
     normalised: int  # held-out clips from which the latents' scale is computed
     shown: int  # held-out clips in a picture; at most `measured`
-    shown_guidance: tuple[float, float]  # of the first and the last frame
+    shown_guidance: tuple[float, float]  # at the first and the last frame
 
 
 DEFAULT = PretrainSettings(
@@ -112,12 +112,12 @@ class Run:
     history: list[Row] = field(default_factory=list)  # the card's rows of earlier runs
     ema: dict[str, Tensor] = field(default_factory=dict)
     optimisers: list[dict[str, Any]] = field(default_factory=list)  # their states
-    records: list[Record] = field(default_factory=list)  # of the stages so far
+    records: list[Record] = field(default_factory=list)  # one per stage so far
     encoding_seconds: dict[str, float] = field(default_factory=dict)  # by kind of clips
 
     @property
     def path(self) -> Path:
-        """Of the checkpoint."""
+        """Where the checkpoint is."""
         return self.folder / "checkpoint.pt"
 
     @property

@@ -27,7 +27,7 @@ from minimti.world.shapes import SHAPES
 # Autoencoder.
 KL_WEIGHT = 1e-4
 EQUIVARIANCE_WEIGHT = 0.2
-SQUARED_WEIGHT = 4.0  # of the squared error, relative to the absolute error
+SQUARED_WEIGHT = 4.0  # weight of the squared error relative to the absolute error
 MAX_LATENT_NOISE = 0.3  # largest deviation of the noise added to scaled latents, which have deviation 1
 INITIAL_LOG_VARIANCE = -6.0
 

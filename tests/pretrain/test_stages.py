@@ -16,7 +16,7 @@ from minimti.muon import is_matrix
 from minimti.networks.vae import VAE
 from minimti.pretrain import stages
 from minimti.pretrain.stages import EncodedClips, PretrainModel
-from minimti.world.clips import SCENES, pixels
+from minimti.world.clips import SCENES, habitual_scene, pixels
 from minimti.world.scene import WORDS, Background, Scene, Sprite, render
 from minimti.world.shapes import SHAPES
 
@@ -153,6 +153,30 @@ def test_the_decoder_is_trained_on_half_a_clip_with_noise_of_many_levels():
         assert loss == pytest.approx(0.798 * s + 4 * s**2 + 3 * (1.128 * s + 8 * s**2), rel=0.02)
     # 0.3 of scaled latents, which are raw latents times 0.5
     assert 0.9 * 0.6 < max(levels) < 1.02 * 0.6 and min(levels) < 0.1 * 0.6
+
+
+def test_frames_and_clips_come_from_all_parts_of_a_scene(monkeypatch):
+    """Two different frames of each scene for the first stage, half of its frames in a row for the second."""
+    scene, given = SCENES["habits"](rng(), TINY), []
+    clip = pixels(render(scene))
+    monkeypatch.setattr(stages, "captioned_scene", lambda rng, config: scene)
+
+    def moments(frames):
+        given.append([int((clip - frame).abs().flatten(1).mean(1).argmin()) for frame in frames])
+        return torch.cat([frames, frames], dim=1)
+
+    model = autoencoder(moments, lambda z: z)
+    model.config = TINY
+    for seed in range(40):
+        stages.frames_loss(model, {}, rng(seed), 4)
+    assert all(a != b and c != d for a, b, c, d, *_ in given)
+    assert {frame for frames in given for frame in frames[:4]} == set(range(14))
+    given.clear()
+    model.svd.vae.decoder, model.svd.vae.config = lambda z, _: z, SMALL
+    for seed in range(60):
+        stages.clips_loss(model, {}, rng(seed), 1)
+    assert all(frames == list(range(frames[0], frames[0] + 7)) for frames in given)
+    assert {frames[0] for frames in given} == set(range(8))
 
 
 def test_the_encoder_gets_no_gradient_from_clips():
@@ -312,7 +336,7 @@ def test_noise_levels_of_a_batch_are_stratified():
     levels = torch.cat([denoised(4, seed)[2].log()[None] for seed in range(200)])  # [200, 4]
     assert levels.mean().item() == pytest.approx(1.5, abs=0.15) and levels.std().item() == pytest.approx(1.7, abs=0.15)
     ordered = (levels.sort(dim=1)[0] - 1.5) / 1.7
-    quartiles = torch.tensor([-0.674, 0.0, 0.674])  # of a standard normal
+    quartiles = torch.tensor([-0.674, 0.0, 0.674])  # those of a standard normal
     for i, bound in enumerate(quartiles):
         assert ordered[:, i].max() <= bound + 0.02 and ordered[:, i + 1].min() >= bound - 0.02
     assert levels[:, 0].std() > 0.5  # and not always the same
@@ -369,12 +393,27 @@ def test_muon_gets_nearly_all_weights_of_the_transformers_and_convolutions():
         assert sum(n for k, n in sizes.items() if kinds[k]) > 0.95 * sum(sizes.values())
 
 
+def test_latents_start_as_large_as_pictures_with_little_noise():
+    torch.manual_seed(0)
+    model, frames = PretrainModel(SMALLER), pixels(render(habitual_scene(rng(), SMALLER)))
+    with torch.no_grad():
+        mean, log_variance = stages.posterior(model.svd.vae, frames)
+    assert 0.3 < mean.square().mean().sqrt() / frames.square().mean().sqrt() < 3
+    assert abs(log_variance.mean() + 6) < 1
+
+
 def test_branches_start_at_zero():
     torch.manual_seed(0)
     unet = PretrainModel(SMALLER).svd.unet
     assert not any(p.any() for p in unet.conv_out.parameters())
     blocks = [module for name, module in unet.named_modules() if name.endswith("proj_out")]
     assert len(blocks) > 3 and not any(p.any() for block in blocks for p in block.parameters())
+
+
+def test_space_and_time_have_equal_weight_at_first():
+    model = PretrainModel(SMALLER)
+    weights = [p.sigmoid().item() for name, p in model.named_parameters() if name.endswith("mix_factor")]
+    assert len(weights) > 10 and set(weights) == {0.5}
 
 
 def test_maps_move_latents_as_they_move_pictures():

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from small_runs import FEW, SHORT, SMALLER
 
+from minimti.pretrain.card import Record, rows
 from minimti.pretrain.run import DEFAULT, Run, begin, encoded_clips, held_out, learning_rate, pretrain, train
 from minimti.pretrain.stages import STAGES, Stage
 from minimti.world.clips import first_frame, pixels
+from minimti.world.scene import render
 
 STEPS = 40
 BARE = replace(SHORT, weight_decay=0.0, warm_up=1, ema=0.5)
@@ -102,6 +104,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         trained(tmp_path, BARE, lambda *_: torch.tensor(float("nan"), requires_grad=True))
 
 
+def test_a_stopped_stage_is_saved_at_its_last_step(tmp_path):
+    calls = []
+
+    def check():
+        calls.append(True)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    stage = Stage("linear", "a line", linear, STEPS, 1, ("words", "heads"))
+    run = begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=replace(BARE, stages=(stage,)))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, check)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3 and len(saved["records"][0]["losses"]) == 3 and saved["optimisers"][1]["state"]
+
+
 def test_every_step_stage_and_seed_has_its_own_random_numbers(tmp_path):
     drawn = []
 
@@ -134,11 +152,42 @@ def test_all_encoded_and_held_out_clips_differ(tmp_path):
     assert gaps.min() > 0.3 * gaps.mean()
 
 
-def test_psnr_is_that_of_the_pictures(tmp_path):
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> Run:
+    """A run through the stages of the autoencoder."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    return pretrain(SMALLER, folder, folder / "out", 0, FEW, settings=replace(SHORT, stages=SHORT.stages[:2]))
+
+
+def test_psnr_is_that_of_the_pictures(autoencoder):
     """The picture shows each measured clip above its reconstruction."""
-    settings = replace(SHORT, stages=SHORT.stages[:2])
-    run = pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings)
-    for record, name in zip(run.records, ("frames", "clips")):
-        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(float) / 255
-        true, out = picture.reshape(2, 2, 48, 8 * 48, 3).swapaxes(0, 1)
+    for record, name in zip(autoencoder.records, ("frames", "clips")):
+        picture = np.asarray(Image.open(autoencoder.folder / f"{name}.png")).astype(float) / 255
+        true, out = picture.reshape(2, 2, 48, 8 * 48, 3).swapaxes(0, 1)  # each [2, H, (F W), 3]
         assert record.psnr == pytest.approx(-10 * np.log10(np.square(true - out).mean()), abs=0.05)
+
+
+def test_scaled_latents_have_unit_variance(autoencoder):
+    """They are those of the held-out clips that are not measured, every fourth frame."""
+    clips = np.stack([render(scene)[::4] for scene in held_out(autoencoder, "captions", 4)[2:]])
+    with torch.no_grad():
+        latents = autoencoder.model.svd.encode(pixels(clips))  # [2, 2, z, h, w]
+    assert torch.allclose(latents.std((0, 1, 3, 4)), torch.ones(latents.shape[2]), atol=0.05)
+    assert torch.allclose(latents.mean((0, 1, 3, 4)), torch.zeros(latents.shape[2]), atol=0.05)
+
+
+def test_the_card_counts_the_time_of_encoding_once():
+    falling = [float(loss) for loss in range(40, 0, -1)]
+    records = [Record([3.0, 2.0, 1.0], 60.0, ["one machine", "another"]), Record(falling, 120.0, psnr=31.25)]
+    first, second = rows("make", STAGES[3:], records, {"captions": 90.0, "habits": 30.0})
+    assert first == {
+        "command": "make",
+        "stage": "captions: text to video",
+        "steps": 3,
+        "batch": 4,
+        "minutes": 2.5,
+        "loss": "3.0000 to 1.0000",
+        "held-out PSNR": "",
+        "on": "one machine; another",
+    }
+    assert second["minutes"] == 2.5 and second["loss"] == "39.5000 to 1.5000" and second["held-out PSNR"] == "31.2 dB"
