@@ -1,102 +1,86 @@
 """Learn the motion of one reference video as an embedding:  python train.py ref.mp4 --out m.pt"""
 
 import time
-from collections import deque
-from functools import partial
 
-import torch
-from tqdm import tqdm
-
-from minimti import cli, motion, pipeline
-from minimti.invert import LR, PAPER_LR, VIEWS, View, invert, recipe, view
-from minimti.io import video
+from minimti import cli
+from minimti.config import MEMORY_MODES, RECIPES
 from minimti.io.files import check_writable, require_file
-from minimti.networks.recompute import MODES, set_mode
 
 
 def parse():
     parser = cli.Parser(prog="train.py", description=__doc__)
-    add = parser.add_argument
-    add("video", metavar="VIDEO", help="the reference")
-    add("--out", default="m.pt", metavar="FILE", help="the embedding (default: %(default)s)")
-    cli.add_shared_arguments(parser, default_model="", default_size="the model's, 1024x576 for svd")
-    paper = "optimise exactly as the paper: its first tokens, Adam, independent sigmas, twice the steps, fresh views"
-    add("--paper", action="store_true", help=paper)
-    add("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the model's, 500 for svd)")
-    add("--lr", type=cli.number(0, 100), help=f"learning rate (default: {LR}, falling to 0; with --paper {PAPER_LR})")
-    add(
-        "--tokens",
-        type=cli.integer(1, 1000),
-        default=motion.NUM_TOKENS,
-        metavar="N",
-        help="tokens per set (default: %(default)s)",
+    clip = parser.add_argument_group("clip").add_argument
+    clip("video", metavar="VIDEO", help="the reference")
+    clip("--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="of the first frame (default: 0)")
+    clip("--end", type=cli.number(0, 1e6), metavar="SECONDS", help="spread the frames evenly from --start to here")
+    clip("--stride", type=cli.integer(1, 10**6), default=1, metavar="K", help="take every K-th frame (default: 1)")
+    clip("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
+    clip("--size", type=cli.size, metavar="WxH", help="crop and resize to it (default: the model's, 1024x576 for svd)")
+    clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
+
+    learning = parser.add_argument_group("learning").add_argument
+    recipe = (
+        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps, a third of the error on tiny,"
+        " never tried on SVD (default: the model's; paper for svd, muon for tiny)"
     )
-    add("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
-    add("--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="of the first frame (default: 0)")
-    add("--stride", type=cli.integer(1, 10**6), default=1, metavar="K", help="take every K-th frame (default: 1)")
-    add("--no-flip", action="store_true", help="never mirror the clip: for motions that have a left and a right")
-    add("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
-    add("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
-    cache = f"augmented views to encode once and reuse; 0: a fresh one every step (default: {VIEWS}, with --paper 0)"
-    add("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
-    memory = "how much of the forward pass to keep; the rest is computed again (default: balanced, for tiny everything)"
-    add("--memory", choices=MODES, help=memory)
+    learning("--recipe", choices=RECIPES, help=recipe)
+    learning("--steps", type=cli.integer(0, 10**6), help="of the optimisation (default: the recipe's)")
+    learning("--tokens", type=cli.integer(1, 1000), default=5, metavar="N", help="per set (default: %(default)s)")
+    sets = "a token set for each frame and one for the layers over time, or one shared by all (default: %(default)s)"
+    learning("--sets", choices=("frames", "shared"), default="frames", help=sets)
+
+    model = cli.add_model_arguments(parser, default_model="auto").add_argument
+    memory = "how much a step keeps of the forward pass; the rest is computed again (default: balanced; tiny keeps all)"
+    model("--memory", choices=MEMORY_MODES, help=memory)
+
+    output = parser.add_argument_group("output").add_argument
+    out = "the embedding; a name that ends in .safetensors gives that format (default: %(default)s)"
+    output("--out", default="m.pt", metavar="FILE", help=out)
+
+    advanced = cli.add_advanced_arguments(parser).add_argument
+    advanced("--lr", type=cli.number(0, 100), help="learning rate (default: the recipe's)")
+    advanced("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
+    advanced("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
+    cache = "augmented views to encode once and use in turn; 0: a fresh one every step (default: paper 100, muon 25)"
+    advanced("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    from dataclasses import replace
+
+    from minimti import learn, make_recipe, read_clip
+
     require_file(args.video)
     check_writable(args.out, args.video, args.model or "")
-    device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    checkpoint = cli.find_model("auto" if args.model is None else args.model, device)
+    checkpoint, device = cli.find_model(args, "auto" if args.model is None else args.model)
     config = checkpoint.config
-    size = cli.checked_size(args.size or config.size, config)
-    num_frames = args.frames or config.num_frames
-    asked = {"steps": args.steps, "lr": args.lr, "p_mean": args.p_mean, "p_std": args.p_std}
-    settings = recipe(config, args.paper) | {name: value for name, value in asked.items() if value is not None}
-    steps = settings["steps"]
-    cache = args.cache if args.cache is not None else 0 if args.paper else VIEWS
-    frames = video.read_clip(args.video, num_frames, args.start, args.stride)
+    overrides = {"steps": args.steps, "lr": args.lr, "p_mean": args.p_mean, "p_std": args.p_std}
+    overrides["num_cached_views"] = args.cache
+    recipe = make_recipe(config, args.recipe)
+    recipe = replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
+    which = {"start": args.start, "end": args.end, "stride": args.stride, "size": args.size}
+    clip = read_clip(args.video, config, num_frames=args.frames, **which)
     print(
-        f"reference  {args.video}: {num_frames} frames from {args.start:g} s, stride {args.stride},"
-        f" {frames.shape[-1]}x{frames.shape[-2]} fitted to {size[0]}x{size[1]}"
+        f"reference  {clip.source}: {len(clip.times)} frames from {clip.times[0]:.4g} to {clip.times[-1]:.4g} s,"
+        f" {clip.source_size[0]}x{clip.source_size[1]} fitted to {clip.frames.shape[-1]}x{clip.frames.shape[-2]}"
     )
-
     began = time.perf_counter()
-    svd = pipeline.load(checkpoint, device, dtype, cli.DTYPES[args.vae_dtype])
-    print(f"model      {config.name} from {checkpoint.path}, {dtype} on {device}, {time.perf_counter() - began:.1f} s")
+    svd = cli.load_model(args, checkpoint, device)
+    print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {time.perf_counter() - began:.1f} s")
 
-    clip = video.fit(frames, size).to(device)
-    with torch.no_grad():
-        embeddings = svd.embed(clip)
-    tokens = motion.initialise(embeddings, args.tokens, torch.Generator().manual_seed(args.seed), args.paper)
-    learned = motion.Motion(tokens, config.name, config.micro, size, steps=0, seed=args.seed)
-    del svd.image_encoder  # it has said all it will be asked
-
-    views = fresh = partial(view, svd, clip, learned, not args.no_flip)
-    if cache:
-        cached = [fresh(k) for k in tqdm(range(min(cache, steps)), desc="encoding")]
-        del svd.vae
-
-        def views(step: int) -> View:
-            return cached[step % len(cached)]
-
-    set_mode(svd.unet, args.memory or (None if config.name == "tiny" else "balanced"))
-    cli.compile_if_asked(svd.unet, args.compile, device)
-    losses = invert(svd, views, learned, **settings)
-    recent = deque(maxlen=50)
-    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
+    bars = cli.Bars()
+    options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
     try:
-        with tqdm(losses, total=steps, desc="inversion", bar_format=layout) as progress:
-            for loss in progress:
-                recent.append(loss)
-                progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
+        learn(svd, clip, recipe=recipe, seed=args.seed, memory=args.memory, progress=bars, release=True, **options)
     finally:  # an interrupt at step 900 keeps the 900
-        if learned.steps == steps or (learned.steps > 0 and learned.tokens.isfinite().all()):
-            motion.save(learned, args.out)
-            shape = "x".join(map(str, learned.tokens.shape))
-            print(f"embedding  {args.out}: {shape} tokens after {learned.steps} steps")
+        bars.close()
+        motion = bars.motion
+        if motion is not None and (motion.steps > 0 or recipe.steps == 0):
+            motion.save(args.out)
+            shape = "x".join(map(str, motion.tokens.shape))
+            print(f"embedding  {args.out}: {shape} tokens after {motion.steps} steps")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-# The paper names the kinds of change, not their strength.
-AREA = (0.7, 1.0)  # share of the frame that is kept
+# The paper names the kinds of change; their strengths are ours.
+AREA = (0.7, 1.0)  # share of the picture that a crop keeps
 CONTRAST = (0.8, 1.2)
 BRIGHTNESS = (-0.15, 0.15)  # added, in [-1,1] units
 SATURATION = (0.8, 1.2)
@@ -17,7 +17,8 @@ HUE = (-0.05, 0.05)  # of a full turn
 def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     """[F, 3, H, W] in [-1,1] -> the same shape and domain.
 
-    `flip` allows mirroring; a clip whose motion has a left and a right (a camera pan) must not be mirrored.
+    Every frame gets the same crop, mirroring, contrast, brightness, saturation and hue. `flip` allows mirroring: half
+    of the results are then mirrored. It must be off for a motion with a left and a right, such as a camera pan.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -32,8 +33,8 @@ def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     clip = T.resized_crop(clip, top, left, h, w, [height, width], antialias=True)
     if flip and mirror:
         clip = T.horizontal_flip(clip)
-    # About mid-grey, not about each frame's own mean as torchvision's adjust_contrast does: that would flicker.
+    # Contrast about mid-grey. torchvision's adjust_contrast takes each frame's own mean, which would flicker.
     clip = (clip * uniform(*CONTRAST) + uniform(*BRIGHTNESS)).clamp(-1, 1)
-    clip = T.adjust_saturation((clip + 1) / 2, uniform(*SATURATION))
+    clip = T.adjust_saturation((clip + 1) / 2, uniform(*SATURATION))  # torchvision's domain is [0,1]
     clip = T.adjust_hue(clip, uniform(*HUE))
     return clip * 2 - 1

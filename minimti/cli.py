@@ -1,26 +1,37 @@
-"""What the programs share: arguments and their types, what this machine is good for, how an error ends them."""
+"""What the programs share: arguments and their types, progress bars, and how an error ends a program.
+
+Nothing here imports PyTorch, which takes seconds: `--help` and a misspelt option are answered at once.
+"""
 
 import argparse
 import signal
 import sys
-import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-from torch import nn
-
-from minimti.checkpoint.find import automatic
-from minimti.checkpoint.load import Checkpoint, open_checkpoint
-from minimti.config import MODELS, SVDConfig
+from minimti import __version__
+from minimti.config import DTYPES, MODELS
 from minimti.io.files import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+    from minimti.checkpoint.load import Checkpoint
+    from minimti.motion import Motion
+    from minimti.pipeline import Progress
+    from minimti.svd import SVD
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that an error is one line; the usage is behind --help."""
+    """argparse, except that an error is one line that points to --help; every program has --version."""
+
+    def __init__(self, prog: str, description: str | None):
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--version", action="version", version=f"minimti {__version__}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -52,90 +63,116 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, default_model: str, default_size: str) -> None:
-    add = parser.add_argument
+def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> "argparse._ArgumentGroup":
+    """The group "model and machine". Returns it, for the program's own arguments of the kind."""
+    group = parser.add_argument_group("model and machine")
+    add = group.add_argument
     auto = "auto (svd where it is here or there is a GPU, else tiny)"
     models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
-    add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model}auto)")
-    add("--size", type=size, metavar="WxH", help=f"multiples of 64 pixels; cropped to (default: {default_size})")
+    add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
+    add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
+    add("--dtype", choices=DTYPES, help="of UNet and image encoder (default: bfloat16 on cuda, else float32)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
-    add("--device", default=default_device(), help="cuda, mps, cpu, ... (default here: %(default)s)")
-    add("--dtype", choices=DTYPES, help="of UNet and CLIP tower (default: bfloat16 on cuda, else float32)")
+    return group
+
+
+def add_advanced_arguments(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """The group "advanced". Returns it, for the program's own arguments of the kind."""
+    group = parser.add_argument_group("advanced")
+    add = group.add_argument
     add("--vae-dtype", choices=DTYPES, default="float32", help="of the autoencoder (default: %(default)s)")
-    compiled = "torch.compile the UNet to a single graph: minutes before the first step (default: on cuda)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    add("--compile", action="store_true", help="torch.compile the UNet: minutes before the first step of every shape")
+    return group
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch.device]":
+    """The checkpoint of a model and the device of --device; prints the model's note. Raises InputError."""
+    from minimti import pipeline
+
+    device = pipeline.check_device(args.device or pipeline.default_device())
+    checkpoint = pipeline.find(model, device)
+    if checkpoint.config.note:
+        print(f"note       {checkpoint.config.note}")
+    return checkpoint, device
 
 
-def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Raises InputError where the device does not exist here."""
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is one: meta cannot compute
-        raise InputError(f"--device {device}: not available here; cpu always is") from error
-    chosen = torch.device(device)
-    return chosen, DTYPES[dtype or ("bfloat16" if chosen.type == "cuda" else "float32")]
+def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "SVD":
+    """The model as --dtype, --vae-dtype and --compile describe it."""
+    import torch
+
+    from minimti import pipeline
+
+    dtype = args.dtype and getattr(torch, args.dtype)
+    svd = pipeline.load(checkpoint, device=device, dtype=dtype, vae_dtype=getattr(torch, args.vae_dtype))
+    if args.compile:
+        svd.unet.compile(fullgraph=True, dynamic=False)  # a graph break would be an error, not a slow surprise
+    return svd
 
 
-def find_model(model: str, device: torch.device) -> Checkpoint:
-    """The checkpoint that `--model` names. Raises InputError as `open_checkpoint` does."""
-    checkpoint = open_checkpoint(automatic(device) if model == "auto" else model)
-    if checkpoint.config.name == "tiny":
-        print("note       tiny knows drawn sprites like those of examples/; for photographs and films: --model svd")
-    return checkpoint
+class Bars:
+    """The `progress` of `learn` and `animate` as a bar for each stage, with the mean of the last losses."""
 
+    LABELS = {"encode": "encoding", "learn": "inversion"}
+    FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
 
-def bf16_speedup() -> float:
-    """How many times faster than in fp32 this CPU multiplies matrices in bf16, measured; far below 1 where it only
-    emulates that."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        runs = []
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ a
-            runs.append(time.perf_counter() - began)
-        seconds.append(min(runs))
-    return seconds[0] / seconds[1]
+    def __init__(self, label: str = ""):
+        self.label, self.stage = label, ""  # the label of stages that have none of their own
+        self.bar: tqdm | None = None
+        self.losses: deque[float] = deque(maxlen=50)
+        self.motion: Motion | None = None  # while it is learnt
 
+    def __call__(self, progress: "Progress") -> None:
+        from tqdm import tqdm
 
-def compile_if_asked(unet: nn.Module, asked: bool | None, device: torch.device) -> None:
-    """Compiles in place. One graph for one shape: a break or another shape would be an error, not a slow surprise."""
-    if device.type == "cuda" if asked is None else asked:
-        unet.compile(fullgraph=True, dynamic=False)
+        if progress.stage != self.stage:
+            self.close()
+            self.stage = progress.stage
+            label = self.LABELS.get(self.stage, self.label)
+            self.bar = tqdm(total=progress.steps, desc=label, bar_format=self.FORMAT)
+        assert self.bar is not None
+        self.motion = progress.motion
+        if progress.loss is not None:
+            self.losses.append(progress.loss)
+            self.bar.set_postfix(loss=f"{sum(self.losses) / len(self.losses):.4f}", refresh=False)
+        self.bar.update(progress.step - self.bar.n)
 
-
-def checked_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
-    """Raises InputError where the networks cannot halve such an image as often as they do."""
-    if any(not 0 < length <= 8192 or length % config.size_multiple for length in size):
-        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {config.size_multiple}")
-    return size
+    def close(self) -> None:
+        """Ends the bar of the current stage."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line."""
     prog = sys.argv[0].rsplit("/", 1)[-1]
+    warnings.showwarning = lambda message, *_: _print_line(prog, "warning", str(message))
     try:
         with on_stop(_interrupt):
             main()
     except InputError as error:
-        sys.exit(_say(prog, str(error), 2))
-    except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
-        sys.exit(_say(prog, str(error).splitlines()[0], 1))
+        _print_line(prog, "error", str(error))
+        sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        _print_line(prog, "error", str(error).splitlines()[0])
+        sys.exit(1)
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _print_line(prog, "error", str(error).splitlines()[0])
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(_say(prog, "interrupted", 130))
+        _print_line(prog, "error", "interrupted")
+        sys.exit(130)
     sys.exit(0)
 
 
 @contextmanager
 def on_stop(handler: Callable, *also: signal.Signals) -> Iterator[None]:
-    """Meanwhile a polite kill, a terminal that closes, and the signals named besides call the handler.
+    """Calls the handler on SIGTERM, on SIGHUP (a terminal that closes) and on the signals named, instead of ending.
 
-    Those that are ignored stay so: under nohup a program outlives its terminal.
+    Signals that are ignored stay ignored: under nohup a program outlives its terminal.
     """
     numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), *also}  # Windows has no SIGHUP
     before = {number: signal.getsignal(number) for number in numbers}
@@ -150,9 +187,8 @@ def on_stop(handler: Callable, *also: signal.Signals) -> Iterator[None]:
 
 
 def _interrupt(*_) -> NoReturn:
-    raise KeyboardInterrupt  # the others are treated like Ctrl-C
+    raise KeyboardInterrupt  # as Ctrl-C does
 
 
-def _say(prog: str, message: str, code: int) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+def _print_line(prog: str, kind: str, message: str) -> None:
+    print(f"{prog}: {kind}: {' '.join(message.split())}", file=sys.stderr)

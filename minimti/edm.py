@@ -1,7 +1,7 @@
 """Diffusion after Karras et al. 2022 ("EDM") as Stable Video Diffusion uses it, in the symbols of both papers.
 
 x0 is a clean latent, n unit noise, sigma the noise level, x = x0 + sigma n. A `network` is F_theta with its
-conditioning already in place: network(c_in x, c_noise) -> [B, F, C, H, W]. A `denoiser` is D(x, sigma), an estimate of
+conditioning bound: network(c_in x, c_noise) -> [B, F, C, H, W]. A `denoiser` is D(x, sigma), an estimate of
 x0. All arithmetic here is in the dtype of x, which the callers keep at fp32.
 """
 
@@ -34,8 +34,8 @@ def denoise(network: Network, x: Tensor, sigma: Tensor) -> Tensor:
 def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
     """Equation 3 with lambda = (1 + sigma^2) / sigma^2, as a mean over all elements; x0, n [B, F, C, H, W], sigma [B].
 
-    With this weight the error of D on x0 is the error of F on v = (n - sigma x0) / sqrt(1 + sigma^2): computed so,
-    nothing cancels at small or large sigma.
+    With this weight the error of D on x0 equals the error of F on v = (n - sigma x0) / sqrt(1 + sigma^2). It is computed
+    on v, where nothing cancels at small or large sigma.
     """
     sigma = _per_item(sigma, x0)
     _, _, c_in, c_noise = precondition(sigma)
@@ -44,10 +44,10 @@ def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
 
 
 def training_sigma(quantile: Tensor, p_mean: float, p_std: float, sigma_max: float) -> Tensor:
-    """The sigma, ln(sigma) ~ N(p_mean, p_std^2), below which a share `quantile` in [0,1] lies; fp32, same shape.
+    """Quantiles in [0,1] of the distribution ln(sigma) ~ N(p_mean, p_std^2) -> sigma at most sigma_max; fp32, same shape.
 
-    Never beyond what the model was trained on. Uniform quantiles draw from the distribution; evenly spread ones cover
-    it with fewer (Kingma et al. 2021, "Variational diffusion models", I.1).
+    Uniformly random quantiles draw from the distribution. Evenly spread ones cover it with fewer draws (Kingma et al.
+    2021, "Variational diffusion models", I.1).
     """
     z = torch.special.ndtri(quantile.double().clamp(1e-6, 1 - 1e-6)).float()
     return (p_mean + p_std * z).exp().clamp(max=sigma_max)
@@ -61,22 +61,22 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 
 
 def guidance_scale(minimum: float, maximum: float, num_frames: int) -> Tensor:
-    """[F, 1, 1, 1]: rises linearly over the frames, not over the steps."""
+    """[F, 1, 1, 1]: guidance scales that rise linearly over the frames, not over the steps."""
     return torch.linspace(minimum, maximum, num_frames).view(-1, 1, 1, 1)
 
 
 def guide(negative: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
-    """Classifier-free guidance on two estimates of x0."""
+    """Classifier-free guidance on two estimates of x0 [B, F, C, H, W], scale [F, 1, 1, 1]."""
     return negative + scale * (positive - negative)
 
 
-# Solvers of the probability flow ODE dx/dsigma = (x - D(x, sigma)) / sigma. Unit noise n [B, F, C, H, W] and sigmas
-# [steps + 1] that end with 0 come in; x after each step comes out, the last being the sample. The step to 0 is Euler's
-# for all of them: it ends on D itself.
+# Solvers of the probability flow ODE dx/dsigma = (x - D(x, sigma)) / sigma. They take unit noise n [B, F, C, H, W] and
+# sigmas [steps + 1] that end with 0, and yield x after each step; the last is the sample. The step to 0 is always Euler's:
+# it ends on D itself.
 
 
 def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
-    """Order 1, an evaluation a step (EDM algorithm 1 without its correction): what SVD is sampled with."""
+    """Order 1, one evaluation per step (EDM algorithm 1 without its correction): SVD's official sampler."""
     x = n * (1 + sigmas[0] ** 2).sqrt()
     for sigma, sigma_next in pairwise(sigmas):
         d = (x - denoiser(x, sigma.expand(len(x)))) / sigma
@@ -85,7 +85,7 @@ def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
 
 
 def heun(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
-    """Order 2, two evaluations a step (EDM algorithm 1, without stochasticity)."""
+    """Order 2, two evaluations per step (EDM algorithm 1, without stochasticity)."""
     x = n * (1 + sigmas[0] ** 2).sqrt()
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         d = (x - denoiser(x, sigma.expand(len(x)))) / sigma
@@ -98,19 +98,21 @@ def heun(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
 
 
 def dpmpp_2m(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
-    """Order 2, an evaluation a step: DPM-Solver++(2M), Lu et al. 2022 algorithm 2, for alpha = 1.
+    """Order 2, one evaluation per step: DPM-Solver++(2M), Lu et al. 2022 algorithm 2, for alpha = 1.
 
-    lambda = -ln(sigma) is its time, h a step of it; D is extrapolated to the middle of a step from the step before.
+    Its time is lambda = -ln(sigma), and h is a step of it. D is extrapolated to the middle of a step from the step before.
     """
     x = n * (1 + sigmas[0] ** 2).sqrt()
-    before = h_before = None
+    before: tuple[Tensor, Tensor] | None = None  # D and h of the step before
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         D = denoiser(x, sigma.expand(len(x)))
         h = (sigma / sigma_next).log()
-        inner = 0 < step < len(sigmas) - 2
-        middle = D + (D - before) * h / (2 * h_before) if inner else D
+        middle = D
+        if before is not None and step < len(sigmas) - 2:
+            D_before, h_before = before
+            middle = D + (D - D_before) * h / (2 * h_before)
         x = sigma_next / sigma * x + (1 - sigma_next / sigma) * middle
-        before, h_before = D, h
+        before = D, h
         yield x
 
 
@@ -118,5 +120,5 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpmpp-2m": dpmpp_2m
 
 
 def _per_item(sigma: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], to multiply x with."""
-    return sigma.view(-1, *[1] * (x.ndim - 1))
+    """[B] -> [B, 1, ...], with as many axes as x."""
+    return sigma.view(-1, *[1] * (x.ndim - 1))  # [B, 1, 1, 1, 1] for a clip

@@ -1,111 +1,167 @@
-"""Motion-textual inversion: optimise the tokens of one motion on one clip, everything else frozen (paper 3.3)."""
+"""Motion-textual inversion: optimise the tokens of one motion on one clip, everything else frozen (paper 3.3 and B.2)."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from minimti import edm
 from minimti.augment import augment
 from minimti.config import SVDConfig
 from minimti.motion import Motion
-from minimti.muon import Muon
+from minimti.muon import SharedMuon
 from minimti.svd import SVD, Conditioning
 
-View = tuple[Tensor, Conditioning]
-LR, MOMENTUM = 0.2, 0.9  # of Muon
-OWN = 0.25  # the rate of what sets have each to themselves, over that of what all of them share
-PAPER_LR = 1e-2  # of Adam, paper B.2
-SAVING = 2  # the steps of the paper's recipe over those of ours
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread however many there are
-VIEWS = 25  # augmented views of the clip that steps take turns with, where it is not a fresh one for each
-REPORT = 10  # steps between two looks at the losses: on a GPU every look makes it wait for us
+View = tuple[Tensor, Conditioning]  # scaled latents [1, F, z, h, w] of the augmented clip, and what conditions them
+
+PAPER_STEPS_RATIO = 2  # steps of the paper's recipe over steps of the muon recipe
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread for any number of them
+FETCH_EVERY = 10  # steps between two fetches of losses from the device: each fetch makes a GPU wait
 
 
-def view(svd: SVD, clip: Tensor, learned: Motion, flip: bool, index: int) -> View:
-    """What the UNet sees of the clip [F, 3, H, W] in [-1,1] after one random augmentation, the index-th of its seed.
+@dataclass(frozen=True)
+class Recipe:
+    """How tokens are optimised. `make_recipe` has the two that are named."""
 
-    Returns scaled latents [1, F, z, h, w], and the conditioning on the first frame.
+    optimizer: str  # "adam", or "muon" (muon.SharedMuon)
+    shared_start: bool  # every token set starts from the mean of the frame embeddings, not from its own frame's
+    spread_sigmas: bool  # noise levels are evenly spread over the steps, not drawn independently
+    steps: int
+    lr: float
+    p_mean: float  # ln(sigma) ~ N(p_mean, p_std^2)
+    p_std: float
+    num_cached_views: int  # augmented views that are encoded once and used in turn; 0 encodes a fresh one every step
+
+
+def make_recipe(config: SVDConfig, name: str | None = None) -> Recipe:
+    """The recipe "paper" (B.2) or "muon" (ours) for a model; None stands for the model's default.
+
+    Raises ValueError for another name.
     """
-    generator = _generator(learned.seed, 2 * index)
-    frames = augment(clip, generator, flip)
-    with torch.no_grad():
-        return svd.encode(frames[None]), svd.prepare(frames[:1], learned.sets, learned.micro, generator)
-
-
-def recipe(config: SVDConfig, paper: bool = False) -> dict:
-    """The settings of `invert` for a model: ours, or those of paper B.2."""
-    steps, lr = (config.num_iterations, PAPER_LR) if paper else (config.num_iterations // SAVING, LR)
-    return {"steps": steps, "lr": lr, "p_mean": config.p_mean, "p_std": config.p_std, "paper": paper}
+    name = name or config.recipe
+    p_mean, p_std = config.p_mean, config.p_std
+    if name == "paper":  # the paper does not mention cached views; num_cached_views=0 does without
+        return Recipe("adam", False, False, config.num_iterations, 1e-2, p_mean, p_std, num_cached_views=100)
+    if name == "muon":
+        steps = config.num_iterations // PAPER_STEPS_RATIO
+        return Recipe("muon", True, True, steps, 0.2, p_mean, p_std, num_cached_views=25)
+    raise ValueError(f"unknown recipe {name!r}: paper or muon")
 
 
 def invert(
-    svd: SVD,
-    views: Callable[[int], View],
-    learned: Motion,
-    *,
-    steps: int,
-    lr: float,
-    p_mean: float,
-    p_std: float,
-    paper: bool = False,
+    svd: SVD, views: Callable[[int], View], motion: Motion, recipe: Recipe, fetch_every: int | None = None
 ) -> Iterator[float]:
-    """Optimises `learned.tokens` in place and yields the loss of every step, some steps late where there is a GPU.
+    """Optimises `motion.tokens` in place and yields the loss of every step.
 
-    By Muon, a step that all sets share and a shorter one of each, the rate falling from `lr` to 0 along half a cosine,
-    on evenly spread sigmas; with `paper` as in B.2, by Adam at a constant rate, on independent sigmas, for which it
-    takes SAVING times the steps.
+    `views(step)` returns the view for a step. The random draws of a step depend on its number and `motion.seed` alone.
+    Losses are fetched from the device every `fetch_every` steps (default: FETCH_EVERY, on a CPU 1) and yielded then.
 
-    `views` gives the view of a step's number. The draws of a step depend on its number and the seed in `learned` alone.
-    Raises FloatingPointError after a loss or a gradient that is not finite, which never enters the tokens.
+    Raises FloatingPointError after a loss or a gradient that is not finite. Tokens and `motion.steps` are then those of
+    the last good step.
     """
     svd.requires_grad_(False)
-    tokens = learned.tokens.requires_grad_()
-    rows = tokens.detach().view(-1, tokens.shape[-1])  # the same numbers as a matrix, a row for each token of each set
-    if paper:
-        optimiser = torch.optim.Adam([rows], lr)
-    else:
-        shared = torch.zeros_like(tokens[0])  # [N, d], the step that all sets are to take
-        optimiser = Muon([{"params": [shared]}, {"params": [rows], "lr": OWN * lr}], lr, momentum=MOMENTUM)
-        falling = CosineAnnealingLR(optimiser, steps)
-    first = torch.rand(1, generator=_generator(learned.seed, 1))
-    unseen: list[tuple[int, Tensor, Tensor]] = []  # step, sigma, and the loss on its device
-    for step in range(steps):
+    optimizer = OPTIMIZERS[recipe.optimizer](motion.tokens, recipe)
+    finite = torch.ones((), dtype=torch.bool, device=motion.tokens.device)  # no step so far went wrong
+    fetch_every = fetch_every or (1 if motion.tokens.device.type == "cpu" else FETCH_EVERY)
+    pending: list[tuple[Tensor, Tensor]] = []  # sigma, and the loss on the device
+    for step in range(recipe.steps):
         x0, cond = views(step)
-        generator = _generator(learned.seed, 2 * step + 1)
-        independent = torch.rand(1, generator=generator)
-        quantile = independent if paper else (first + step * GOLDEN) % 1
-        sigma = edm.training_sigma(quantile, p_mean, p_std, svd.config.sigma_max)
-        n = torch.randn(x0.shape, generator=generator)
-        spatial, temporal = learned.sets
-
-        cond = replace(cond, spatial=spatial, temporal=temporal)
-        loss = edm.loss(svd.network(cond), x0, sigma.to(x0), n.to(x0))
-        tokens.grad = None
-        # The mean over so many elements would leave gradients too small for half precision inside the network.
-        (loss * x0.numel()).backward()
-        tokens.grad /= x0.numel()
-        loss = torch.where(tokens.grad.isfinite().all(), loss.detach(), torch.nan)
-        rows.grad = tokens.grad.nan_to_num_(0, 0, 0).view_as(rows)
-        if paper:
-            optimiser.step()
-        else:
-            shared.grad = tokens.grad.sum(dim=0)
-            optimiser.step()
-            falling.step()
-            rows.view_as(tokens).add_(shared)
-            shared.zero_()
-        learned.steps = step + 1
-        unseen.append((learned.steps, sigma, loss))
-        if loss.device.type == "cpu" or len(unseen) == REPORT or learned.steps == steps:
-            for (number, sigma, _), value in zip(unseen, torch.stack([loss for *_, loss in unseen]).tolist()):
+        sigma, n = draw(recipe, svd.config.sigma_max, motion.seed, step, x0.shape)
+        loss, grad = loss_and_gradient(svd, motion, (x0, cond), sigma.to(x0), n.to(x0))
+        finite = finite & loss.isfinite() & grad.isfinite().all()
+        _step_if(finite, optimizer, grad)
+        motion.steps = step + 1
+        pending.append((sigma, torch.where(finite, loss, torch.nan)))
+        if len(pending) == fetch_every or motion.steps == recipe.steps:
+            values = torch.stack([loss for _, loss in pending]).tolist()
+            for number, ((sigma, _), value) in enumerate(zip(pending, values), motion.steps - len(pending) + 1):
                 if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss of step {number} (sigma {sigma.item():.3g}) is not finite")
+                    motion.steps = number - 1
+                    raise FloatingPointError(
+                        f"the loss or gradient of step {number} (sigma {sigma.item():.3g}, seed {motion.seed}) is not"
+                        f" finite; the tokens are those of step {number - 1}"
+                    )
                 yield value
-            unseen.clear()
+            pending.clear()
+
+
+def view(svd: SVD, clip: Tensor, motion: Motion, flip: bool, index: int) -> View:
+    """The index-th random view of a clip [F, 3, H, W] in [-1,1]: augmented, encoded, conditioned on its first frame.
+
+    `flip` allows mirrored views.
+    """
+    generator = _generator(motion.seed, 2 * index)
+    frames = augment(clip, generator, flip)
+    with torch.no_grad():
+        return svd.encode(frames[None]), svd.prepare(frames[:1], motion.sets, motion.micro, generator)
+
+
+def draw(recipe: Recipe, sigma_max: float, seed: int, step: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The noise level sigma [1] and the unit noise n of a step, drawn on the CPU: the same on every device."""
+    generator = _generator(seed, 2 * step + 1)
+    quantile = torch.rand(1, generator=generator)
+    if recipe.spread_sigmas:
+        first = torch.rand(1, generator=_generator(seed, 1))
+        quantile = (first + step * GOLDEN) % 1
+    sigma = edm.training_sigma(quantile, recipe.p_mean, recipe.p_std, sigma_max)
+    return sigma, torch.randn(shape, generator=generator)
+
+
+def loss_and_gradient(svd: SVD, motion: Motion, view: View, sigma: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation 3 of one step, and its gradient with respect to the tokens, in the shape of `motion.tokens`."""
+    x0, cond = view
+    tokens = motion.tokens.detach().requires_grad_()
+    spatial, temporal = replace(motion, tokens=tokens).sets
+    network = svd.network(replace(cond, spatial=spatial, temporal=temporal))
+    loss = edm.loss(network, x0, sigma, n)
+    # The mean over so many elements would make gradients inside the network too small for half precision.
+    (grad,) = torch.autograd.grad(loss * x0.numel(), tokens)
+    return loss.detach(), grad / x0.numel()
+
+
+class TokenOptimizer(Protocol):
+    """Changes tokens in place. `torch_optimizer` holds all of its tensors."""
+
+    torch_optimizer: torch.optim.Optimizer
+
+    def step(self, grad: Tensor) -> None:
+        """One step along a gradient of the tokens' shape."""
+
+
+class Adam:
+    """The paper's optimiser (B.2), at a constant rate."""
+
+    def __init__(self, tokens: Tensor, recipe: Recipe):
+        self.tokens = tokens
+        self.torch_optimizer = torch.optim.Adam([tokens], recipe.lr, capturable=tokens.is_cuda)
+
+    def step(self, grad: Tensor) -> None:
+        self.tokens.grad = grad
+        self.torch_optimizer.step()
+        self.tokens.grad = None
+
+
+OPTIMIZERS: dict[str, Callable[[Tensor, Recipe], TokenOptimizer]] = {
+    "adam": Adam,
+    "muon": lambda tokens, recipe: SharedMuon(tokens, recipe.lr, recipe.steps),
+}
+
+
+def _step_if(finite: Tensor, optimizer: TokenOptimizer, grad: Tensor) -> None:
+    """A step that changes nothing where `finite`, a scalar on the device, is False. The device is not waited for."""
+
+    def tensors() -> list[Tensor]:
+        inner = optimizer.torch_optimizer
+        params = [p for group in inner.param_groups for p in group["params"]]
+        return params + [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
+
+    before = [tensor.clone() for tensor in tensors()]
+    optimizer.step(grad)
+    for tensor, old in zip(tensors(), before):
+        tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:

@@ -1,10 +1,13 @@
-"""The motion-text embedding m of the paper, and its file."""
+"""The motion-text embedding m of the paper (3.3), and its file."""
 
+import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minimti import __version__
@@ -17,67 +20,116 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 
 @dataclass
 class Motion:
-    """(F + 1) x N x d tokens, and what sampling needs to know of how they were made."""
+    """Learnt tokens, and what sampling needs of how they were learnt."""
 
-    tokens: Tensor  # [F + 1, N, d]: a set for every frame, then the temporal set
-    model: str
+    tokens: Tensor  # fp32; [F + 1, N, d]: a set for every frame, then the temporal set. Or [1, N, d]: one for all (F' = 1)
+    num_frames: int  # F
+    model: str  # name in the configuration of the model
     micro: MicroConditioning
     size: tuple[int, int]  # width, height in pixels
     steps: int
     seed: int
+    fingerprint: dict[str, list[float]] = field(default_factory=dict)  # of the UNet's weights; empty where unknown
 
     @property
-    def num_frames(self) -> int:
-        return self.tokens.shape[0] - 1
+    def shared(self) -> bool:
+        """Whether one set serves all frames and the layers over time: F' = 1 in the paper's ablation (figure 9)."""
+        return len(self.tokens) == 1
 
     @property
     def sets(self) -> tuple[Tensor, Tensor]:
         """The tokens as `SVD.prepare` takes them, for a batch of one: spatial [1, F, N, d], temporal [1, N, d]."""
+        if self.shared:
+            return self.tokens[None].expand(-1, self.num_frames, -1, -1), self.tokens
         return self.tokens[None, :-1], self.tokens[-1:]
 
     def check_fits(self, config: SVDConfig) -> None:
-        """Raises InputError if the embedding was optimised on another model than `config` describes."""
-        if self.model != config.name or self.tokens.shape[-1] != config.unet.context_dim:
+        """Raises InputError if the embedding was learnt on another model than `config` describes."""
+        width = self.tokens.shape[-1]
+        if self.model != config.name or width != config.unet.context_dim:
             raise InputError(
-                f"the embedding is for model {self.model!r} (token width {self.tokens.shape[-1]}), not for"
+                f"the embedding is for model {self.model!r} (token width {width}), not for"
                 f" {config.name!r} ({config.unet.context_dim}); pass the model it was made with as --model"
             )
 
+    def save(self, path: str | Path) -> None:
+        """Writes the file that `load` reads: safetensors if the name ends so, else PyTorch's format.
 
-def initialise(clip_embeddings: Tensor, num_tokens: int, generator: torch.Generator, paper: bool = False) -> Tensor:
+        Raises InputError where it cannot be written.
+        """
+        tokens = self.tokens.detach().cpu().contiguous()
+        about = {key: value for key, value in vars(self).items() if key != "tokens"}
+        about |= {"micro": asdict(self.micro), "version": __version__}
+        with atomic_write(path) as part:
+            if Path(path).suffix == ".safetensors":
+                save_file({"tokens": tokens}, part, {"motion": json.dumps(about)})
+            else:
+                torch.save({"tokens": tokens, **about}, part)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Motion":
+        """Reads a file of `save`, of this version or an earlier one; tokens are on the CPU.
+
+        Raises InputError where it is anything else.
+        """
+        path = require_file(path)
+        try:
+            fields = _read(path)
+            version = tuple(int(part) for part in fields.pop("version").split("."))
+            if "num_frames" not in fields:  # version 0.1.0, which had a set for every frame and no fingerprint
+                fields["num_frames"] = len(fields["tokens"]) - 1
+            fields["size"] = tuple(fields["size"])
+            motion = cls(**{**fields, "micro": checked(MicroConditioning(**fields["micro"]))})
+            newer = version > tuple(int(part) for part in __version__.split("."))
+            if not newer:
+                _check(motion)
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            raise InputError(f"{path}: not a motion-text embedding written by train.py") from error
+        if newer:
+            raise InputError(f"{path}: written by a newer minimti ({'.'.join(map(str, version))}); upgrade this one")
+        sets, num_tokens, _ = motion.tokens.shape
+        if sets not in (1, motion.num_frames + 1) or num_tokens == 0 or not motion.tokens.isfinite().all():
+            raise InputError(f"{path}: an embedding of odd shape, or of numbers that are not finite; train it again")
+        return motion
+
+
+def initialise(
+    frame_embeddings: Tensor, num_tokens: int, generator: torch.Generator, *, shared_start: bool
+) -> Tensor:
     """CLIP embeddings of the frames [F, d] -> tokens [F + 1, N, d].
 
-    Their mean N times over and noise to tell the copies apart, the same for every set. With `paper` as in B.2: each
-    frame's own embedding N times over, the mean for the temporal set alone, and for every set a noise of its own.
+    As in B.2 each frame's embedding is repeated N times, the mean serves as the temporal set, and every element gets
+    noise of deviation INIT_NOISE. With `shared_start` all sets are equal: the mean embedding, N times, with one noise.
     """
-    sets = clip_embeddings.mean(dim=0, keepdim=True)
-    if paper:
-        sets = torch.cat([clip_embeddings, sets])  # [F + 1, d]
-    tokens = sets[:, None].repeat(1, num_tokens, 1)
+    sets = frame_embeddings.mean(dim=0, keepdim=True)  # [1, d]
+    if not shared_start:
+        sets = torch.cat([frame_embeddings, sets])  # [F + 1, d]
+    tokens = sets[:, None].repeat(1, num_tokens, 1)  # [1 or F + 1, N, d]
     tokens += INIT_NOISE * torch.randn(tokens.shape, generator=generator).to(tokens)
-    return tokens if paper else tokens.repeat(len(clip_embeddings) + 1, 1, 1)
+    return tokens.repeat(len(frame_embeddings) + 1, 1, 1) if shared_start else tokens
 
 
-def save(motion: Motion, path: str | Path) -> None:
-    """Writes the file that `load` reads."""
-    tokens = motion.tokens.detach().cpu()
-    with atomic_write(path) as part:
-        torch.save({**vars(motion), "tokens": tokens, "micro": asdict(motion.micro), "version": __version__}, part)
+def _read(path: Path) -> dict:
+    """The fields of a file, not yet checked."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {"tokens": file.get_tensor("tokens"), **json.loads(file.metadata()["motion"])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other kinds of file; the InputError of `load` is enough
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load(path: str | Path) -> Motion:
-    """Reads a file of `save`, tokens on the CPU. Raises InputError where it is anything else."""
-    path = require_file(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of other kinds of file; the answer below says it
-            fields = torch.load(path, map_location="cpu", weights_only=True)
-        del fields["version"]
-        motion = Motion(**{**fields, "micro": checked(MicroConditioning(**fields["micro"]))})
-        num_sets, num_tokens, width = motion.tokens.shape
-        width_and_height = [int(length) for length in motion.size]
-        usable = motion.tokens.dtype == torch.float32 and num_sets > 1 and num_tokens > 0 and len(width_and_height) == 2
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise InputError(f"{path}: not a motion-text embedding written by train.py") from error
-    if not usable or not motion.tokens.isfinite().all():
-        raise InputError(f"{path}: an embedding of odd shape, or of numbers that are not finite; train it again")
-    return motion
+def _check(motion: Motion) -> None:
+    """Raises TypeError or ValueError where a field has another type, or a number a value out of range."""
+    kinds = {"tokens": Tensor, "num_frames": int, "model": str, "size": tuple, "steps": int, "seed": int}
+    for name, kind in kinds.items():
+        value = getattr(motion, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            raise TypeError(f"{name} is {value!r}")
+    if len(motion.size) != 2 or not all(type(length) is int and 0 < length <= 8192 for length in motion.size):
+        raise ValueError(f"size is {motion.size!r}")
+    if motion.tokens.dtype != torch.float32 or motion.tokens.ndim != 3 or motion.num_frames < 1:
+        raise ValueError(f"tokens of {motion.tokens.dtype} {tuple(motion.tokens.shape)}")
+    for name, numbers in motion.fingerprint.items():
+        if not isinstance(name, str) or not all(isinstance(number, float) for number in numbers):
+            raise TypeError(f"fingerprint {name!r} is {numbers!r}")

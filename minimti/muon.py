@@ -1,46 +1,52 @@
-"""Muon (Jordan et al. 2024): steps along the gradient's momentum, but equally far in all directions of a matrix.
+"""Muon (Jordan et al. 2024): steps along the momentum of the gradient, equally long in all directions of a matrix.
 
-Adam's steps are long in the few directions that dominate and short in the many others. torch.optim.Muon takes matrices
-only, no convolutions, and computes in bfloat16, which a CPU without instructions for it does hundreds of times slower.
+Adam's steps are long in the few directions with large gradients and short in the many others. torch.optim.Muon accepts
+matrices only, no convolutions, and computes in bfloat16, which is hundreds of times slower on a CPU that emulates it.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-SIDE = 16  # rows and columns from which a weight counts as a matrix
-RMS = 0.2  # of an update's elements over the learning rate, about Adam's: both share a rate (Liu et al. 2025)
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # bring singular values near 1 within ITERATIONS, rather than exactly to it
+MIN_SIDE = 16  # the fewest rows and columns of a weight that counts as a matrix
+UPDATE_RMS = 0.2  # of an update's elements over the learning rate; about Adam's, so both share a rate (Liu et al. 2025)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # move singular values near 1 within ITERATIONS rather than exactly to it
 ITERATIONS = 5
+
+TOKEN_MOMENTUM = 0.9
+PER_SET_LR_RATIO = 0.25  # the rate of each set's own step over the rate of the step that all sets share
 
 
 def is_matrix(name: str, p: Tensor) -> bool:
-    """Whether a parameter is a matrix to multiply with; a convolution's weight [out, in, ...] is one of out rows."""
-    return name.endswith("weight") and p.ndim > 1 and min(len(p), p[0].numel()) >= SIDE
+    """Whether a parameter multiplies its input as a matrix. A convolution's weight [out, in, ...] has `out` rows."""
+    return name.endswith("weight") and p.ndim > 1 and min(len(p), p[0].numel()) >= MIN_SIDE
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """[rows, columns] -> the same singular vectors, with singular values between about 0.7 and 1.2.
+    """[rows, columns] -> the same singular vectors with singular values between about 0.7 and 1.2.
 
-    The Newton-Schulz iteration X <- p(X X^T) X with an odd polynomial. It goes on within the smaller of the two Gram
-    matrices, all powers of which commute, and touches the matrix itself only at the end.
+    The Newton-Schulz iteration X <- p(X X^T) X with an odd polynomial. All powers of the smaller Gram matrix commute,
+    so the iteration runs on the Gram matrix and multiplies the matrix itself only once, at the end.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalised(matrix.T).T
     a, b, c = COEFFICIENTS
     x = matrix / (matrix.norm() + 1e-12)
-    gram, product = x @ x.T, None
+    gram = x @ x.T
     identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    product: Tensor | None = None
     for _ in range(ITERATIONS):
         polynomial = a * identity + b * gram + c * gram @ gram
         product = polynomial if product is None else polynomial @ product
         gram = polynomial @ gram @ polynomial
+    assert product is not None
     return product @ x
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, with decoupled weight decay and Nesterov's momentum."""
+    """Muon for matrices and convolution weights, with decoupled weight decay and Nesterov momentum."""
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
@@ -48,18 +54,45 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None):
+        """One step. A parameter without a gradient stays as it is. Closures are not supported: ValueError."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:  # as a single token needs no keys, not every batch concerns every matrix
+                if p.grad is None:  # not every batch uses every matrix: a single token needs no keys
                     continue
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 mean = self.state[p]["momentum"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
-                # Rows as they lie in memory: channels may be innermost.
-                ahead = p.grad.lerp(mean, group["momentum"]).movedim(1, -1)
-                matrix = ahead.flatten(1)
-                update = orthogonalised(matrix) * (RMS * max(matrix.shape) ** 0.5)
+                # Channels may be innermost in memory: with them last, flattening needs no copy.
+                ahead = p.grad.lerp(mean, group["momentum"]).movedim(1, -1)  # [out, ..., in]
+                matrix = ahead.flatten(1)  # [out, columns]
+                update = orthogonalised(matrix) * (UPDATE_RMS * max(matrix.shape) ** 0.5)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view(ahead.shape).movedim(-1, 1), alpha=-group["lr"])
+
+
+class SharedMuon:
+    """Optimises tokens [sets, N, d] in place: one step that all sets share, and a shorter one of each set's own.
+
+    The shared step follows the sum of the sets' gradients. The rate falls from `lr` to 0 along half a cosine.
+    """
+
+    def __init__(self, tokens: Tensor, lr: float, steps: int):
+        self.tokens = tokens
+        self.rows = tokens.view(-1, tokens.shape[-1])  # [sets N, d], the same memory
+        self.shared = torch.zeros_like(tokens[0])  # [N, d]
+        groups = [{"params": [self.shared]}, {"params": [self.rows], "lr": PER_SET_LR_RATIO * lr}]
+        self.torch_optimizer = Muon(groups, lr, momentum=TOKEN_MOMENTUM)
+        self.schedule = CosineAnnealingLR(self.torch_optimizer, steps)
+
+    def step(self, grad: Tensor) -> None:
+        """One step along the gradient [sets, N, d]."""
+        self.shared.grad = grad.sum(dim=0)
+        self.rows.grad = grad.view_as(self.rows)
+        self.torch_optimizer.step()
+        self.schedule.step()
+        self.tokens.add_(self.shared)
+        self.shared.zero_()

@@ -1,24 +1,211 @@
-"""The ways through the model."""
+"""The two ways through the model, `learn` and `animate`, for command lines, notebooks and experiments alike."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from minimti.checkpoint.load import Checkpoint, load_into
+from minimti import edm
+from minimti.checkpoint.find import automatic
+from minimti.checkpoint.fingerprint import differs, fingerprint
+from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
+from minimti.config import MicroConditioning
+from minimti.hardware import default_device
+from minimti.invert import Recipe, View, invert, make_recipe, view
 from minimti.io.files import InputError
-from minimti.svd import SVD
+from minimti.io.video import Clip, to_uint8
+from minimti.motion import NUM_TOKENS, Motion, initialise
+from minimti.networks.recompute import set_mode
+from minimti.svd import GUIDANCE, SVD
+
+UNCONDITIONAL_GUIDANCE = (1.0, 10.0)  # of figure 6
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `learn` or `animate` has come."""
+
+    stage: str  # "encode" (views of the clip), "learn" or "sample"
+    step: int  # steps done; "learn" starts with 0, before the first
+    steps: int
+    loss: float | None = None  # of the step; on a GPU of one a few steps earlier
+    motion: Motion | None = None  # while it is learnt; its tokens change in place
 
 
 def load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+    model: str | Checkpoint = "auto",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    vae_dtype: torch.dtype = torch.float32,
 ) -> SVD:
-    """The model on `device`, frozen: UNet and image encoder in `dtype`, the VAE in `vae_dtype`.
+    """A model with frozen weights.
 
-    Raises InputError where the files do not hold exactly the tensors of the model.
+    model      a name ("svd", "svd-xt", "svd-xt-1-1", "tiny"), a .safetensors file, a diffusers folder, or "auto":
+               official weights where they are on this machine or a GPU is, else tiny
+    device     default: cuda or mps where there is one, else cpu
+    dtype      of UNet and image encoder; default: bfloat16 on cuda, else float32
+    vae_dtype  of the autoencoder
+
+    Raises InputError where there is no such model or device, or the files do not hold exactly the model's tensors.
     """
+    device = check_device(device or default_device())
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    checkpoint = find(model, device) if isinstance(model, str) else model
     try:
         with torch.device("meta"):
             svd = SVD(checkpoint.config)
-    except Exception as error:  # of whichever layer its numbers do not suit
+    except Exception as error:  # from whichever layer the numbers do not suit
         message = f"{checkpoint.path}: the configuration in its metadata describes no network ({error})"
         raise InputError(message) from error
     load_into(svd, checkpoint, device, dtype, vae_dtype)
+    svd.device = device
     return svd
+
+
+def find(model: str, device: torch.device) -> Checkpoint:
+    """The files of a model, as named for `load`, and their configuration; no weights are read. Raises InputError."""
+    return open_checkpoint(automatic(device) if model == "auto" else model)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, with its index. Raises InputError where it does not exist here."""
+    try:
+        probe = torch.zeros(1, device=device)
+        probe.cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is one: meta cannot compute
+        raise InputError(f"device {device} is not available here; cpu always is") from error
+    return probe.device
+
+
+def learn(
+    svd: SVD,
+    clip: Clip,
+    *,
+    recipe: Recipe | str | None = None,
+    steps: int | None = None,
+    num_tokens: int = NUM_TOKENS,
+    shared: bool = False,
+    flip: bool = True,
+    seed: int = 0,
+    memory: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    release: bool = False,
+) -> Motion:
+    """The motion of a clip as an embedding: motion-textual inversion (paper 3.3, B.2).
+
+    recipe      how tokens are optimised: a Recipe, or the name of one ("paper", "muon"); default: the model's own
+    steps       of the optimisation; default: the recipe's
+    num_tokens  N, tokens per set
+    shared      learn one set for all frames and the layers over time (F' = 1) instead of F + 1 sets
+    flip        allow mirrored views; not for motions with a left and a right, such as a camera pan
+    seed        of all random draws
+    memory      "fast", "balanced" or "low": how much a step keeps of the forward pass (networks/recompute.py), which
+                changes nothing else; default: the model's own
+    progress    called as the work goes on. An exception that it raises ends the work; the tokens are in Progress.motion.
+    release     free networks for good after their last use here, instead of parking them on the CPU
+
+    Raises FloatingPointError after a loss or gradient that is not finite.
+    """
+    recipe = make_recipe(svd.config, recipe) if recipe is None or isinstance(recipe, str) else recipe
+    recipe = replace(recipe, steps=recipe.steps if steps is None else steps)
+    done_with = svd.release if release else svd.park
+    frames = clip.frames.to(svd.device)
+    with torch.no_grad():
+        embeddings = svd.embed(frames)
+    done_with("image_encoder")
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens = initialise(embeddings, num_tokens, generator, shared_start=recipe.shared_start)
+    motion = Motion(
+        tokens=tokens[-1:].clone() if shared else tokens,  # the temporal set alone starts from the mean in every recipe
+        num_frames=len(frames),
+        model=svd.config.name,
+        micro=svd.config.micro,
+        size=(frames.shape[-1], frames.shape[-2]),
+        steps=0,
+        seed=seed,
+        fingerprint=fingerprint(svd.unet),
+    )
+
+    views: Callable[[int], View] = partial(view, svd, frames, motion, flip)
+    if count := min(recipe.num_cached_views, recipe.steps):
+        views = _cached(views, count, progress)
+        done_with("vae")
+
+    set_mode(svd.unet, memory or svd.config.memory)
+    progress(Progress("learn", 0, recipe.steps, motion=motion))
+    for step, loss in enumerate(invert(svd, views, motion, recipe), start=1):
+        progress(Progress("learn", step, recipe.steps, loss, motion))
+    return motion
+
+
+def _cached(
+    views: Callable[[int], View], count: int, progress: Callable[[Progress], None]
+) -> Callable[[int], View]:
+    """The first `count` views, made now; the steps take them in turn."""
+    cached = []
+    for index in range(count):
+        cached.append(views(index))
+        progress(Progress("encode", index + 1, count))
+    return lambda step: cached[step % count]
+
+
+@torch.inference_mode()
+def animate(
+    svd: SVD,
+    motion: Motion | None,
+    image: Tensor,
+    *,
+    steps: int | None = None,
+    guidance: tuple[float, float] | None = None,
+    solver: str = "euler",
+    seed: int = 0,
+    micro: MicroConditioning | None = None,
+    unconditional: bool = False,
+    in_turn: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Tensor:
+    """An image [1, 3, H, W] in [-1,1], moving as an embedding describes: a video, uint8 [F, 3, H, W] on the CPU.
+
+    motion         None: plain image-to-video, with the image's own CLIP embedding
+    steps          of the solver; default: the model's
+    guidance       scales for the first and the last frame; default: GUIDANCE, for `unconditional` (1, 10)
+    solver         "euler", "heun" or "dpmpp-2m" (edm.SOLVERS)
+    seed           of all random draws
+    micro          default: the motion's, without one the model's
+    unconditional  the motion alone (figure 6): only the size of the image matters, unless there is no motion
+    in_turn        evaluate the two branches of guidance one after the other: less memory, the same result
+    progress       called after each step of the solver
+
+    Raises InputError where the motion was learnt on another model, FloatingPointError where a sample is not finite.
+    Warns where the motion was learnt on other weights of the same model.
+    """
+    config = svd.config
+    if motion is not None:
+        motion.check_fits(config)
+        if differs(motion.fingerprint, fingerprint(svd.unet)):
+            warnings.warn(f"the embedding was learnt on other weights of {config.name} than these", stacklevel=2)
+        spatial, temporal = motion.sets
+        tokens, micro = (spatial.to(svd.device), temporal.to(svd.device)), micro or motion.micro
+    image = image.to(svd.device)
+    if motion is None:
+        tokens = svd.tokens_of(image, config.num_frames)
+    svd.park("image_encoder")
+
+    generator = torch.Generator().manual_seed(seed)
+    cond = svd.prepare(image, tokens, micro or config.micro, generator)
+    svd.park("vae")
+    n = torch.randn(cond.concat.shape, generator=generator).to(image)
+    if unconditional:
+        cond = cond.without_image()
+    steps = steps or config.num_steps
+    guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
+    x = n
+    for step, x in enumerate(svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], in_turn), start=1):
+        progress(Progress("sample", step, steps))
+    svd.park("unet")
+    return to_uint8(svd.decode(x)[0])

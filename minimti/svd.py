@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +14,42 @@ from minimti.networks.lowmem_decode import decode
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
 
-GUIDANCE = (1.0, 3.0)  # of the first frame and of the last
+GUIDANCE = (1.0, 3.0)  # for the first frame and for the last
+Tokens = tuple[Tensor, Tensor]  # spatial [B, F, N, d], temporal [B, N, d]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything the UNet is told besides the noisy latent and its noise level."""
+    """Every input of the UNet but the noisy latent and its noise level."""
 
     concat: Tensor  # [B, F, z, h, w], raw latent of the conditioning image, the same for every frame
     micro: Tensor  # [B, 3]: fps id, motion bucket id, noise augmentation
-    spatial: Tensor  # [T, F, N, d], of the last T <= B clips
-    temporal: Tensor  # [T, N, d]
+    spatial: Tensor  # [B, F, N, d]
+    temporal: Tensor  # [B, N, d]
 
     def without_image(self) -> "Conditioning":
         """The motion alone: the paper's visualisation of an embedding (4.2)."""
         return replace(self, concat=torch.zeros_like(self.concat))
 
+    def without_tokens(self) -> "Conditioning":
+        """N = 0. To attend to no token gives what attending to zeroed tokens gives, for less (CrossAttention)."""
+        return replace(self, spatial=self.spatial[:, :, :0], temporal=self.temporal[:, :0])
+
     def negative(self) -> "Conditioning":
-        """The other branch of guidance: neither image nor tokens, the same micro-conditioning.
+        """The other branch of guidance: image and tokens are zeros, the micro-conditioning is the same."""
+        zeros = {name: torch.zeros_like(getattr(self, name)) for name in ("concat", "spatial", "temporal")}
+        return replace(self, **zeros)
 
-        Officially its tokens are zeros; to attend to them is to attend to none (UNet.forward).
-        """
-        return replace(self.without_image(), spatial=self.spatial[:0], temporal=self.temporal[:0])
-
-    def beside(self, other: "Conditioning") -> "Conditioning":
-        """The batch of both."""
+    def batched_with(self, other: "Conditioning") -> "Conditioning":
+        """One batch of both: [2 B, ...], this one first."""
         return Conditioning(*(torch.cat(pair) for pair in zip(vars(self).values(), vars(other).values())))
 
 
 class SVD(nn.Module):
-    """Stable Video Diffusion. Its networks may be of any precision; what goes in and comes out is fp32."""
+    """Stable Video Diffusion. Its networks may be of any precision; inputs and outputs are fp32.
+
+    A network can be parked on the CPU while others need the memory: the methods here fetch it when they use it.
+    """
 
     def __init__(self, config: SVDConfig):
         super().__init__()
@@ -50,61 +57,93 @@ class SVD(nn.Module):
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
         self.image_encoder = image_encoder.build(config.image_encoder)
+        self.device: torch.device | None = None  # where the networks compute; None: wherever their weights are
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the UNet."""
+        return next(self.unet.parameters()).dtype
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1,1] -> CLIP embeddings [B, d] in fp32."""
+        self._fetch("image_encoder")
         pixels = image_encoder.preprocess(images, self.config.image_encoder.image_size)
-        return self.image_encoder(pixels.to(self.image_encoder.conv1.weight.dtype)).to(images.dtype)
+        dtype = next(self.image_encoder.parameters()).dtype
+        return self.image_encoder(pixels.to(dtype)).to(images.dtype)
 
     def encode(self, clip: Tensor) -> Tensor:
         """Clip [B, F, 3, H, W] in [-1,1] -> scaled latents [B, F, z, h, w]."""
-        raw = self.vae.encode(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        self._fetch("vae")
+        raw = self.vae.encode(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])  # [(B F), ...] -> [B, F, z, h, w]
         return raw * self.config.vae.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, F, z, h, w] -> clips [B, F, 3, H, W], about [-1,1].
 
-        All frames see each other: a decode in chunks of frames is another function, and flickers at the seams.
+        All frames of a clip are decoded together: the decoder's layers over time mix them, so decoding in chunks of
+        frames is another function, with visible seams.
         """
+        self._fetch("vae")
         raw = (latents / self.config.vae.scale_factor).to(self.vae.quant_conv.weight.dtype)
         return torch.stack([decode(self.vae.decoder, clip) for clip in raw]).to(latents.dtype)
 
-    def tokens_of(self, image: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-        """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding, alone in every set.
-
-        Returns spatial [B, F, 1, d] and temporal [B, 1, d].
-        """
-        embedding = self.embed(image)[:, None]
+    def tokens_of(self, image: Tensor, num_frames: int) -> Tokens:
+        """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding as the only one, N = 1."""
+        embedding = self.embed(image)[:, None]  # [B, 1, d]
         return embedding[:, None].expand(-1, num_frames, -1, -1), embedding
 
     def prepare(
-        self, image: Tensor, tokens: tuple[Tensor, Tensor], micro: MicroConditioning, generator: torch.Generator
+        self, image: Tensor, tokens: Tokens, micro: MicroConditioning, generator: torch.Generator
     ) -> Conditioning:
-        """The conditioning on an image [B, 3, H, W] in [-1,1] and on tokens (spatial [B, F, N, d], temporal [B, N, d]).
+        """The conditioning on an image [B, 3, H, W] in [-1,1] and on tokens.
 
-        Noise of deviation `micro.cond_aug` is added to the pixels before they are encoded; it is drawn on the CPU
-        from `generator`, so that a seed means the same on every device.
+        Noise of deviation `micro.cond_aug` is added to the pixels before they are encoded. It is drawn on the CPU from
+        `generator`, so that a seed means the same on every device.
         """
+        self._fetch("vae")
         spatial, temporal = tokens
         noise = torch.randn(image.shape, generator=generator).to(image)
         with torch.no_grad():
             latent = self.vae.encode(image + micro.cond_aug * noise)
         numbers = torch.tensor([micro.fps_id, micro.motion_bucket_id, micro.cond_aug], device=image.device)
         return Conditioning(
-            concat=latent[:, None].expand(-1, spatial.shape[1], -1, -1, -1),
-            micro=numbers.expand(image.shape[0], -1),
+            concat=latent[:, None].expand(-1, spatial.shape[1], -1, -1, -1),  # [B, F, z, h, w]
+            micro=numbers.expand(image.shape[0], -1),  # [B, 3]
             spatial=spatial,
             temporal=temporal,
         )
 
     def network(self, cond: Conditioning) -> edm.Network:
-        """F_theta of equation 2, given its conditioning."""
-        contexts = self.unet.absorb(cond.spatial, cond.temporal)
+        """F_theta of equation 2 under a conditioning. Its tokens are projected to keys and values here, once."""
+        self._fetch("unet")
+        contexts = self.unet.project_tokens(cond.spatial, cond.temporal)
 
         def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
             return self.unet(torch.cat([x, cond.concat], dim=2), c_noise, cond.micro, contexts)
 
         return F_theta
+
+    def denoiser(
+        self, cond: Conditioning, guidance: tuple[float, float], in_turn: bool = False
+    ) -> edm.Denoiser:
+        """D(x; sigma) with classifier-free guidance, a scale for the first frame and one for the last.
+
+        The two branches are one batch or, for less memory, evaluated in turn.
+        """
+        scale = edm.guidance_scale(*guidance, num_frames=cond.concat.shape[1]).to(cond.concat)
+        if in_turn:
+            negative, positive = self.network(cond.negative().without_tokens()), self.network(cond)
+
+            def D(x: Tensor, sigma: Tensor) -> Tensor:
+                return edm.guide(edm.denoise(negative, x, sigma), edm.denoise(positive, x, sigma), scale)
+        else:
+            both = self.network(cond.negative().batched_with(cond))
+
+            def D(x: Tensor, sigma: Tensor) -> Tensor:
+                estimates = edm.denoise(both, torch.cat([x, x]), torch.cat([sigma, sigma]))  # [2 B, F, z, h, w]
+                return edm.guide(*estimates.chunk(2), scale)
+
+        return D
 
     def sample(
         self,
@@ -117,21 +156,10 @@ class SVD(nn.Module):
     ) -> Iterator[Tensor]:
         """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the solver's steps.
 
-        Guidance is a scale for the first frame and one for the last; its two branches are one batch, or, for less
-        memory, evaluated in turn. Raises FloatingPointError at the end if a step went wrong, naming it: checking as it
-        goes would make the device wait.
+        Raises FloatingPointError at the end if a step gave numbers that are not finite, and names the first. A check in
+        every step would make the device wait.
         """
-        branches = [cond.negative(), cond] if in_turn else [cond.negative().beside(cond)]
-        networks = [self.network(branch) for branch in branches]
-        scale = edm.guidance_scale(*guidance, num_frames=n.shape[1]).to(n)
-
-        def D(x: Tensor, sigma: Tensor) -> Tensor:
-            copies = 2 // len(networks)
-            xs, sigmas = x.repeat(copies, 1, 1, 1, 1), sigma.repeat(copies)
-            estimates = torch.cat([edm.denoise(network, xs, sigmas) for network in networks])
-            return edm.guide(*estimates.chunk(2), scale)
-
-        config = self.config
+        config, D = self.config, self.denoiser(cond, guidance, in_turn)
         sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
         finite = []
         for x in solver(D, n, sigmas.to(n)):
@@ -142,3 +170,32 @@ class SVD(nn.Module):
             raise FloatingPointError(
                 f"step {step + 1} of {num_steps} (sigma {sigmas[step]:.3g}) gave numbers that are not finite"
             )
+
+    def park(self, name: str) -> None:
+        """Moves a network ("unet", "vae", "image_encoder") to the CPU until it is used again."""
+        if self.device is not None:
+            getattr(self, name).to("cpu")
+
+    def release(self, name: str) -> None:
+        """Frees a network for good. Using it afterwards raises RuntimeError."""
+        setattr(self, name, _Released(name))
+
+    def _fetch(self, name: str) -> None:
+        network: nn.Module = getattr(self, name)
+        weight = next(network.parameters(), None)
+        if self.device is not None and weight is not None and weight.device != self.device:
+            network.to(self.device)
+
+
+class _Released(nn.Module):
+    """Takes the place of a network that was released."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError(f"{self.name} was released to free its memory; load the model again to use it")
+
+    def forward(self, *_: Tensor) -> NoReturn:
+        self.__getattr__("forward")

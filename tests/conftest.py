@@ -3,13 +3,13 @@ import os
 # Before torch and huggingface_hub are imported, here or in a subprocess. The tensors of most tests are too small for
 # two threads to gain anything, and on a busy machine threads that wait for each other lose a lot.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 
 import pytest
 import torch
 from hypothesis import settings
 
-# The cost of an example is a network, not a search: few examples, always the same ones.
+# An example costs a network, not a search: few examples, always the same ones.
 settings.register_profile("networks", max_examples=6, deadline=None, derandomize=True)
 settings.load_profile("networks")
 
@@ -23,3 +23,15 @@ def seeded(request):
         torch.set_num_threads(1)
     else:
         yield
+
+
+@pytest.fixture(scope="session")
+def small_svd():
+    """A model of reduced size with random weights. Tests must leave it as it is."""
+    from official import SMALL, fill_by_name
+
+    from minimti.svd import SVD
+
+    with torch.device("meta"):
+        svd = SVD(SMALL)
+    return fill_by_name(svd, SMALL, "").requires_grad_(False)

@@ -16,14 +16,15 @@ import torch
 from official import SMALL, write_official
 from PIL import Image
 
+import minimti
 import sample
 import train
-from minimti import cli, edm, motion, pipeline
-from minimti.checkpoint.load import open_checkpoint
+from minimti import cli, pipeline
 from minimti.config import MODELS
-from minimti.io import video
-from minimti.networks.recompute import MODES
-from minimti.svd import SVD
+from minimti.invert import make_recipe
+from minimti.io.files import InputError
+from minimti.io.video import decode_clip, read_clip, write_clip
+from minimti.motion import Motion, initialise
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
@@ -37,7 +38,7 @@ def work(tmp_path_factory) -> Path:
     write_official(work / "other.safetensors", replace(SMALL, name="other"))
     y, x = torch.meshgrid(torch.linspace(-1, 1, 72), torch.linspace(-1, 1, 128), indexing="ij")
     frames = [torch.stack([(x - t).sin(), (y + t).cos(), x * y]) for t in torch.linspace(0, 3, 20)]
-    video.write_clip(work / "ref.mp4", torch.stack(frames), 10)
+    write_clip(work / "ref.mp4", ((torch.stack(frames) + 1) * 127.5).byte(), 10)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)).save(work / "img.png")
     done = run(work, "train.py", "ref.mp4", "--model", "small.safetensors", "--steps", "3", "--tokens", "2")
     assert done.returncode == 0, done.stderr
@@ -81,131 +82,208 @@ def test_a_sample_is_the_video_asked_for(work):
         assert done.returncode == 0, done.stderr
     assert properties(work / "a.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
     assert (work / "a.mp4").read_bytes() == (work / "b.mp4").read_bytes()
-    frames = video.read_clip(work / "a.mp4", 4, 0, 1)
+    frames, *_ = decode_clip(work / "a.mp4", 4)
     assert frames.float().std() > 1  # neither black nor flat
 
 
 def test_training_reports_and_saves(work, call):
-    learned = motion.load(work / "m.pt")
-    assert learned.tokens.shape == (SMALL.num_frames + 1, 2, SMALL.unet.context_dim)
-    assert (learned.model, learned.steps, learned.size, learned.micro) == ("small", 3, SMALL.size, SMALL.micro)
-    args = ("ref.mp4", *SMALL_FILE, "--steps", "2", "--out", "n.pt", "--frames", "3", "--seed", "4")
+    motion = Motion.load(work / "m.pt")
+    assert motion.tokens.shape == (SMALL.num_frames + 1, 2, SMALL.unet.context_dim)
+    assert (motion.model, motion.steps, motion.size, motion.micro) == ("small", 3, SMALL.size, SMALL.micro)
+    args = ("ref.mp4", *SMALL_FILE, "--steps", "2", "--out", "n.pt", "--frames", "3", "--seed", "4", "--cache", "1")
     args += ("--start", "0.5", "--stride", "2", "--size", "64x64", "--no-flip", "--lr", "0.1")
     code, out, error = call("train.py", *args)
     assert code == 0, error
-    assert "3 frames from 0.5 s, stride 2, 128x72 fitted to 64x64" in out
+    assert "3 frames from 0.5 to 0.9 s, 128x72 fitted to 64x64" in out
     assert "n.pt: 4x5x48 tokens after 2 steps" in out
-    for shown in ("loss=", "s/it", "2/2"):
+    for shown in ("encoding", "inversion", "loss=", "s/it", "2/2"):
         assert shown in error
-    learned = motion.load(work / "n.pt")
-    assert (learned.num_frames, learned.size, learned.seed) == (3, (64, 64), 4)
+    motion = Motion.load(work / "n.pt")
+    assert (motion.num_frames, motion.size, motion.seed) == (3, (64, 64), 4)
+    args = ("ref.mp4", *SMALL_FILE, "--steps", "1", "--cache", "1", "--sets", "shared", "--out", "one.safetensors")
+    code, out, error = call("train.py", *args, "--end", "1.5")
+    assert code == 0 and "4 frames from 0 to 1.5 s" in out and "one.safetensors: 1x5x48 tokens" in out, error
+    assert Motion.load(work / "one.safetensors").shared
+    code, _, error = call("sample.py", "--emb", "one.safetensors", "img.png", "--out", "one.mp4", *SMALL_FILE)
+    assert code == 0 and properties(work / "one.mp4")[2] == 4, error
 
 
-def test_the_defaults_of_training(work, call, monkeypatch):
-    """Half the paper's steps on cached views; with --paper its recipe."""
+@pytest.fixture
+def reached(monkeypatch):
+    """What a program hands to `learn` or `animate`, instead of the work: name -> argument."""
     seen = {}
-    monkeypatch.setattr(train, "invert", lambda svd, views, learned, **settings: seen.update(settings) or iter([]))
-    monkeypatch.setattr(train, "view", lambda svd, clip, learned, flip, index: seen.update(flip=flip))
-    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[0] == 0
-    assert seen == {"steps": 500, "lr": 0.2, "p_mean": 2.8, "p_std": 1.6, "paper": False, "flip": True}
-    seen.clear()
-    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--paper")[0] == 0
-    assert seen == {"steps": 1000, "lr": 1e-2, "p_mean": 2.8, "p_std": 1.6, "paper": True}  # no view ahead of its step
-    assert call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", "--no-flip")[0] == 0
-    assert seen["flip"] is False
-    monkeypatch.setattr(cli, "open_checkpoint", lambda model: seen.update(model=model) or sys.exit(0))
-    monkeypatch.setattr(cli, "automatic", lambda device: f"what suits {device}")
-    for program, args in (("train.py", ["ref.mp4"]), ("sample.py", ["img.png"])):
-        for more in ([], ["--model", "auto"]):
-            assert call(program, *args, *more)[0] == 0 and seen.pop("model") == "what suits cpu"
+
+    def stop(*args, **options):
+        seen.update(options, args=args)
+        raise InputError("reached")
+
+    for name in ("learn", "animate"):
+        monkeypatch.setattr(pipeline, name, stop)
+    return seen
 
 
-def test_the_embedded_model_says_what_it_knows(work, call):
+def test_the_defaults_of_training_are_the_models_recipe(work, call, reached):
+    assert "reached" in call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[2]
+    assert reached["recipe"] == make_recipe(MODELS["svd"], "paper")
+    assert reached["num_tokens"] == 5 and reached["flip"] and not reached["shared"] and reached["memory"] is None
+    assert reached["seed"] == 0 and reached["release"]
+    call("train.py", "ref.mp4", "--model", "tiny", "--out", "none.pt")
+    assert reached["recipe"] == make_recipe(MODELS["tiny"], "muon")
+
+
+def test_every_option_of_training_reaches_the_pipeline(work, call, reached):
+    args = "--recipe muon --steps 7 --lr 0.3 --p-mean 1 --p-std 2 --cache 3 --tokens 2 --sets shared --no-flip".split()
+    call("train.py", "ref.mp4", *SMALL_FILE, *args, "--memory", "low", "--seed", "9", "--out", "none.pt")
+    recipe = make_recipe(MODELS["svd"], "muon")
+    assert reached["recipe"] == replace(recipe, steps=7, lr=0.3, p_mean=1.0, p_std=2.0, num_cached_views=3)
+    assert reached["num_tokens"] == 2 and reached["shared"] and not reached["flip"]
+    assert reached["memory"] == "low" and reached["seed"] == 9
+
+
+def test_every_option_of_sampling_reaches_the_pipeline(work, call, reached):
+    args = ["--emb", "m.pt", "img.png", *SMALL_FILE, "--out", "none.mp4"]
+    call("sample.py", *args)
+    assert reached["steps"] is None and reached["guidance"] is None and reached["solver"] == "euler"
+    assert reached["seed"] == 0 and not reached["unconditional"] and not reached["in_turn"]
+    assert reached["micro"] == SMALL.micro
+    more = "--steps 9 --guidance 2 4 --solver heun --seed 3 --unconditional --memory low --fps 12 --motion-bucket 30"
+    call("sample.py", *args, *more.split(), "--noise-aug", "0.1", "--size", "64x128")
+    assert reached["steps"] == 9 and reached["guidance"] == (2, 4) and reached["solver"] == "heun"
+    assert reached["seed"] == 3 and reached["unconditional"] and reached["in_turn"]
+    assert vars(reached["micro"]) == {"fps_id": 11, "motion_bucket_id": 30, "cond_aug": 0.1}
+    assert reached["args"][2].shape == (1, 3, 128, 64)
+
+
+def test_size_and_micro_conditioning_of_a_sample_are_the_embeddings(work, call, reached):
+    motion = Motion.load(work / "m.pt")
+    motion.size, motion.micro = (64, 64), replace(motion.micro, fps_id=11, motion_bucket_id=30)
+    motion.save(work / "own.pt")
+    call("sample.py", "--emb", "own.pt", "img.png", "--out", "own.mp4", *SMALL_FILE)
+    assert reached["micro"] == motion.micro and reached["args"][2].shape == (1, 3, 64, 64)
+    call("sample.py", "--emb", "own.pt", "--unconditional", "--out", "own.mp4", *SMALL_FILE)
+    assert reached["args"][2].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("program, args", [("train.py", ["ref.mp4"]), ("sample.py", ["img.png"])])
+@pytest.mark.parametrize("more", [[], ["--model", "auto"]])
+def test_the_model_suits_the_machine_by_default(work, call, monkeypatch, program, args, more):
+    seen = []
+    monkeypatch.setattr(pipeline, "automatic", lambda device: f"what suits {device}")
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda model: seen.append(model) or sys.exit(0))
+    assert call(program, *args, *more, "--device", "cpu")[0] == 0 and seen == ["what suits cpu"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_unet_is_compiled_where_it_is_asked_for(work, call, monkeypatch, reached, compiled):
+    """On a CPU only then: it takes minutes. A graph break would be an error."""
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append(options))
+    call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", *["--compile"] * compiled)
+    assert calls == [{"fullgraph": True, "dynamic": False}] * compiled
+
+
+def test_the_embedded_model_says_what_it_was_trained_on(work, call):
     """Any video will do; the sizes and the number of steps are its own."""
-    code, out, error = call("train.py", "ref.mp4", "--model", "tiny", "--steps", "1", "--out", "tiny.pt")
+    code, out, error = call("train.py", "ref.mp4", "--model", "tiny", "--steps", "1", "--cache", "1", "--out", "tiny.pt")
     assert code == 0, error
-    assert "tiny knows drawn sprites" in out and "--model svd" in out and "fitted to 64x64" in out
+    assert MODELS["tiny"].note in out and "fitted to 64x64" in out
     code, out, error = call("sample.py", "img.png", "--emb", "tiny.pt", "--steps", "1", "--out", "tiny.mp4")
     assert code == 0, error
-    assert "tiny knows drawn sprites" in out and "14 frames, 64x64" in out
+    assert MODELS["tiny"].note in out and "14 frames, 64x64" in out
 
 
-def test_tokens_begin_from_the_embeddings_of_the_frames(work, call):
-    svd = pipeline.load(open_checkpoint("small.safetensors"), torch.device("cpu"), torch.float32)
-    embeddings = svd.embed(video.fit(video.read_clip("ref.mp4", 4, 0, 3), SMALL.size))
-    for paper in False, True:
-        args = ("--steps", "0", "--out", "zero.pt", "--stride", "3", *["--paper"] * paper)
-        assert call("train.py", "ref.mp4", *SMALL_FILE, *args)[0] == 0
-        tokens = motion.load("zero.pt").tokens
-        assert tokens.shape == (5, 5, 48)
-        expected = motion.initialise(embeddings, 5, torch.Generator().manual_seed(0), paper)
-        assert torch.allclose(tokens, expected, atol=1e-5)
+def test_tokens_begin_from_the_frames_that_were_named(work, call):
+    svd = minimti.load("small.safetensors", device="cpu")
+    with torch.no_grad():
+        embeddings = svd.embed(read_clip("ref.mp4", SMALL, stride=3).frames)
+    assert call("train.py", "ref.mp4", *SMALL_FILE, "--steps", "0", "--out", "zero.pt", "--stride", "3")[0] == 0
+    tokens = Motion.load("zero.pt").tokens
+    expected = initialise(embeddings, 5, torch.Generator().manual_seed(0), shared_start=False)
+    assert tokens.shape == (5, 5, 48) and torch.allclose(tokens, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_help_is_there_at_once(program):
+    """Neither PyTorch nor PyAV is imported for it, nor for the version."""
+    block = "import sys; sys.modules['torch'] = sys.modules['av'] = sys.modules['numpy'] = None; "
+    for option in ("--help", "--version"):
+        code = f"{block}sys.argv = [{program!r}, {option!r}]; import {program[:-3]} as p; p.parse()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if option == "--help":
+            for group in ("model and machine:", "output:", "advanced:"):
+                assert group in done.stdout
+        else:
+            assert done.stdout == f"minimti {minimti.__version__}\n"
 
 
 def test_every_setting_of_training_reaches_the_tokens(work, call):
     """Also guards against a learning rate that never reaches the optimiser."""
     tokens = set()
-    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1", "--paper"]
+    changes = ["--lr 0.1", "--p-mean 0", "--p-std 0", "--seed 1", "--start 1", "--recipe muon"]
     settings = [*changes, "--cache 0 --steps 3", "--steps 3", ""]
     for setting in settings:
         args = ("--steps", "2", "--cache", "2", "--out", "set.pt", *setting.split())
         code, _, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
         assert code == 0, error
-        tokens.add(motion.load(work / "set.pt").tokens.sum().item())
+        tokens.add(Motion.load(work / "set.pt").tokens.sum().item())
     assert len(tokens) == len(settings)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_memory_modes_learn_the_same(work, call, mode):
-    tokens = []
-    for setting in (["--memory", mode], []):
-        args = ("--steps", "2", "--cache", "1", "--out", "set.pt", *setting)
-        code, _, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
-        assert code == 0, error
-        tokens.append(motion.load(work / "set.pt").tokens)
-    assert torch.allclose(*tokens, atol=1e-4)
-
-
-def test_every_setting_of_sampling_reaches_the_video(work, call):
+def test_precision_reaches_the_video(work, call):
     contents = set()
-    settings = ["--guidance 1 1", "--motion-bucket 0", "--noise-aug 1", "--steps 2", "--dtype bfloat16", "--seed 1", ""]
-    settings += ["--solver heun", "--solver dpmpp-2m", "--vae-dtype bfloat16"]
-    for setting in settings:
+    for setting in ("--dtype bfloat16", "--vae-dtype bfloat16", "--seed 1", ""):
         args = ("--emb", "m.pt", "img.png", "--out", "set.mp4", *SMALL_FILE, *setting.split())
         code, _, error = call("sample.py", *args)
         assert code == 0, error
         contents.add((work / "set.mp4").read_bytes())
-    assert len(contents) == len(settings)
-    assert call("sample.py", "img.png", "--out", "set.mp4", *SMALL_FILE)[0] == 0
-    assert (work / "set.mp4").read_bytes() not in contents  # the embedding matters
+    assert len(contents) == 4
     args = ("--out", "set.mp4", *SMALL_FILE, "--fps", "12", "--size", "64x128")
     assert call("sample.py", "--emb", "m.pt", "img.png", *args)[0] == 0
     assert properties(work / "set.mp4") == ("h264", "yuv420p", 4, 64, 128, 12)
 
 
-def test_the_defaults_of_sampling(work, call, monkeypatch):
-    """The paper's settings; size and micro-conditioning are the embedding's."""
-    seen = {}
-    sampled = SVD.sample
+def test_an_embedding_of_other_weights_is_warned_of(work, call):
+    motion = Motion.load(work / "m.pt")
+    motion.fingerprint = {name: [number + 1 for number in numbers] for name, numbers in motion.fingerprint.items()}
+    motion.save(work / "tuned.pt")
+    code, _, error = call("sample.py", "--emb", "tuned.pt", "img.png", "--out", "tuned.mp4", "--steps", "1", *SMALL_FILE)
+    assert code == 0 and "sample.py: warning: the embedding was learnt on other weights of small" in error
 
-    def spy(svd, cond, n, num_steps, guidance, solver, in_turn):
-        seen.update(cond=cond, num_steps=num_steps, guidance=tuple(guidance), solver=solver, in_turn=in_turn)
-        return sampled(svd, cond, n, num_steps, guidance, solver, in_turn)
 
-    monkeypatch.setattr(SVD, "sample", spy)
-    learned = motion.load(work / "m.pt")
-    learned.size, learned.micro = (64, 64), replace(learned.micro, fps_id=11, motion_bucket_id=30)
-    motion.save(learned, work / "own.pt")
-    assert call("sample.py", "--emb", "own.pt", "img.png", "--out", "own.mp4", *SMALL_FILE)[0] == 0
-    assert seen["num_steps"] == SMALL.num_steps and seen["guidance"] == (1, 3)
-    assert seen["solver"] is edm.euler and not seen["in_turn"]
-    assert seen["cond"].micro.tolist() == [[11, 30, pytest.approx(0.02)]] and seen["cond"].concat.std() > 0
-    assert torch.equal(seen["cond"].spatial, learned.sets[0]) and torch.equal(seen["cond"].temporal, learned.sets[1])
-    assert properties(work / "own.mp4")[2:] == (4, 64, 64, 12)
-    assert call("sample.py", "--emb", "own.pt", "--unconditional", "--out", "own.mp4", *SMALL_FILE)[0] == 0
-    assert seen["guidance"] == (1, 10) and (seen["cond"].concat == 0).all()
-    assert torch.equal(seen["cond"].spatial, learned.sets[0])
-    assert MODELS["svd"].num_steps == 25 and MODELS["svd-xt"].num_steps == 30
+def test_each_video_is_written_when_it_is_done(work, call, monkeypatch):
+    """A failure in the second image leaves the first one's video."""
+    Image.open(work / "img.png").rotate(90).save(work / "third.png")
+    done, animate = [], pipeline.animate
+
+    def failing(svd, motion, image, **options):
+        if done:
+            raise FloatingPointError("step 1 of 3 gave numbers that are not finite")
+        done.append(1)
+        return animate(svd, motion, image, **options)
+
+    monkeypatch.setattr(pipeline, "animate", failing)
+    code, out, error = call("sample.py", "--emb", "m.pt", "img.png", "third.png", "--out", "late", *SMALL_FILE)
+    assert code == 1 and "error: step 1 of 3" in error
+    assert [path.name for path in (work / "late").iterdir()] == ["img_m.mp4"]
+
+
+def test_a_fault_in_training_keeps_the_last_good_step(work, call, monkeypatch):
+    from minimti import invert
+
+    calls, gradient = [], invert.loss_and_gradient
+
+    def failing(*args):
+        loss, grad = gradient(*args)
+        calls.append(1)
+        return loss, grad * (torch.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(invert, "loss_and_gradient", failing)
+    args = ("--steps", "5", "--cache", "1", "--out", "fault.pt")
+    code, out, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
+    assert code == 1 and "fault.pt: 5x5x48 tokens after 2 steps" in out
+    assert "train.py: error: the loss or gradient of step 3 (sigma" in error
+    assert Motion.load(work / "fault.pt").steps == 2 and Motion.load(work / "fault.pt").tokens.isfinite().all()
 
 
 def test_many_images_into_a_folder_without_an_embedding(work, call):
@@ -240,7 +318,7 @@ TRAIN = [
     (["ref.mp4", *SMALL_FILE, "--start", "1.9"], "but only 1 are there"),
     (["ref.mp4", *SMALL_FILE, "--frames", "21"], "but only 20 are there"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
-    (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt, tiny, a"),
+    (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt"),
     (["ref.mp4", "--model", "svd"], "accept the licence on https://huggingface.co/stabilityai/"),
     (["ref.mp4", *SMALL_FILE, "--size", "100x64"], "width and height must be multiples of 64"),
     (["ref.mp4", "--size", "big"], "argument --size: invalid"),
@@ -250,10 +328,10 @@ TRAIN = [
     (["ref.mp4", "--out", "ref.mp4"], "ref.mp4: is an input; name another file"),
     (["ref.mp4", *SMALL_FILE, "--out", "small.safetensors"], "small.safetensors: is an input"),
     (["ref.mp4", "--p-mean", "nan"], "argument --p-mean: nan is not in -10..10"),
-    (["ref.mp4", "--device", "meta"], "--device meta: not available here"),
+    (["ref.mp4", "--device", "meta"], "device meta is not available here"),
     (["ref.mp4", "--tokens", "0"], "argument --tokens: 0 is not in 1..1000"),
-    (["ref.mp4", "--device", "cuda:99"], "--device cuda:99: not available here"),
-    (["ref.mp4", "--device", "toaster"], "--device toaster: not available here"),
+    (["ref.mp4", "--device", "cuda:99"], "device cuda:99 is not available here"),
+    (["ref.mp4", "--device", "toaster"], "device toaster is not available here"),
     ([], "the following arguments are required: VIDEO"),
 ]
 SAMPLE = [
@@ -276,6 +354,7 @@ SAMPLE = [
     (["img.png", "--out", "img.png", *SMALL_FILE], "name a folder, or a file that ends in .mp4"),
     (["img.png", "--guidance", "1"], "argument --guidance: expected 2 arguments"),
     (["img.png", "--guidance", "nan", "1"], "argument --guidance: nan is not in"),
+    (["img.png", "--out", "img.png/videos", *SMALL_FILE], "img.png/videos: cannot be made a folder"),
 ]
 
 
@@ -292,9 +371,9 @@ def oddities(work):
         Image.open(work / "img.png").save(copy)
     (work / "ref.txt").touch()
     Image.fromarray(np.zeros((64, 64), np.uint16)).save(work / "deep.png")
-    learned = motion.load(work / "m.pt")
-    learned.tokens = torch.full((1, 2, 48), torch.nan)
-    motion.save(learned, work / "odd.pt")
+    motion = Motion.load(work / "m.pt")
+    motion.tokens = torch.full((1, 2, 48), torch.nan)
+    motion.save(work / "odd.pt")
     (work / "code.pt").write_bytes(pickle.dumps(print))
 
 
@@ -350,5 +429,5 @@ def test_interrupted_training_keeps_its_steps(work, number):
         process.send_signal(number)
         out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.endswith(b"train.py: error: interrupted\n")
-    learned = motion.load(work / "cut.pt")
-    assert 2 <= learned.steps < 1000 and f"after {learned.steps} steps" in out.decode()
+    motion = Motion.load(work / "cut.pt")
+    assert 2 <= motion.steps < 1000 and f"after {motion.steps} steps" in out.decode()

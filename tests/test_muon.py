@@ -1,11 +1,11 @@
-"""The optimiser of pre-training."""
+"""Muon, for matrices and for tokens."""
+
+import math
 
 import pytest
 import torch
 
-from minimti.config import MODELS
-from minimti.muon import Muon, is_matrix, orthogonalised
-from minimti.pretrain.stages import PretrainModel
+from minimti.muon import Muon, SharedMuon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(32, 200), (200, 32), (48, 48)])
@@ -24,9 +24,13 @@ def test_a_rank_of_one_stays_one():
     assert 0.6 < values[0] < 1.25 and values[1] < 1e-2
 
 
+def test_a_zero_gradient_moves_nothing():
+    assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_step_is_the_same_in_every_layout(memory_format):
-    """Of a convolution, against the matrix with the same rows."""
+    """For a convolution, against the matrix with the same rows."""
     weight, gradient = torch.randn(2, 24, 16, 3, 3)
     p = torch.nn.Parameter(weight.clone(memory_format=memory_format))
     p.grad = gradient.to(memory_format=memory_format)
@@ -38,29 +42,74 @@ def test_a_step_is_the_same_in_every_layout(memory_format):
     assert rms.item() == pytest.approx(0.1 * 0.2, rel=0.2)  # as long as a step of Adam's
 
 
-def test_it_finds_what_few_directions_hide():
-    """Least squares of which one direction is a thousand times steeper than another: 200 steps of a falling rate."""
+def test_it_learns_also_along_directions_with_small_gradients():
+    """Least squares in which one direction is a thousand times steeper than another: 200 steps of a falling rate."""
     generator = torch.Generator().manual_seed(0)
-    wanted, steepness = torch.randn(20, 20, generator=generator), torch.logspace(0, -3, 20)
+    target, steepness = torch.randn(20, 20, generator=generator), torch.logspace(0, -3, 20)
     p = torch.nn.Parameter(torch.zeros(20, 20))
     muon = Muon([p], lr=0.3, weight_decay=0.0)
     for step in range(200):
-        p.grad = (p.detach() - wanted) * steepness
+        p.grad = (p.detach() - target) * steepness
         muon.param_groups[0]["lr"] = 0.3 * (1 - step / 200)
         muon.step()
-    assert (p - wanted).norm() < 0.1 * wanted.norm()
+    assert (p - target).norm() < 0.1 * target.norm()
 
 
-def test_matrices_are_what_multiplies():
-    model = PretrainModel(MODELS["tiny"])
-    kinds = {name: is_matrix(name, p) for name, p in model.named_parameters()}
-    transformer = "svd.unet.mid_block.attentions.0.transformer_blocks.0"
-    assert (
-        kinds[f"{transformer}.attn1.to_q.weight"]
-        and kinds["svd.unet.mid_block.resnets.0.spatial_res_block.conv1.weight"]
-    )
-    for other in (f"{transformer}.norm1.weight", "svd.unet.conv_out.weight", "words.word.weight", "words.slot.weight"):
-        assert not kinds[other]
-    for part in ("svd.unet", "svd.image_encoder"):
-        sizes = {k: p.numel() for k, p in model.named_parameters() if k.startswith(part)}
-        assert sum(n for k, n in sizes.items() if kinds[k]) > 0.95 * sum(sizes.values())
+def second_step(momentum: float) -> torch.Tensor:
+    """The second step of a matrix of one row, whose gradient is first along axis 0 and then along axis 1."""
+    p = torch.nn.Parameter(torch.zeros(1, 2))
+    muon = Muon([p], lr=1.0, momentum=momentum)
+    for gradient in ([[1.0, 0.0]], [[0.0, 1.0]]):
+        before, p.grad = p.detach().clone(), torch.tensor(gradient)
+        muon.step()
+    return (p.detach() - before)[0]
+
+
+@pytest.mark.parametrize("momentum, ratio", [(0.9, 0.81 / 1.9), (0.5, 0.25 / 1.5), (0.0, 0.0)])
+def test_momentum_is_nesterovs(momentum, ratio):
+    """After g1, g2 the average is m (1-m) g1 + (1-m) g2, and one step further along it m^2 (1-m) g1 + (1-m^2) g2: axis
+    0 has m^2 / (1 + m) of axis 1. Without the step ahead it were m, without momentum 0."""
+    step = second_step(momentum)
+    assert (step[0] / step[1]).item() == pytest.approx(ratio, rel=1e-4, abs=1e-6)
+
+
+def test_tokens_have_a_momentum_of_0_9():
+    tokens = torch.zeros(1, 1, 2)
+    optimizer = SharedMuon(tokens, lr=1.0, steps=1000)
+    for gradient in ([[[1.0, 0.0]]], [[[0.0, 1.0]]]):
+        before = tokens.clone()
+        optimizer.step(torch.tensor(gradient))
+    step = (tokens - before).flatten()
+    assert (step[0] / step[1]).item() == pytest.approx(0.81 / 1.9, rel=1e-3)
+
+
+def test_a_gradient_of_one_set_moves_all_and_its_own_a_quarter_further():
+    tokens, gradient = torch.zeros(3, 2, 32), torch.zeros(3, 2, 32)
+    gradient[0, 1] = torch.randn(32)
+    SharedMuon(tokens, lr=1.0, steps=1000).step(gradient)
+    assert torch.equal(tokens[1], tokens[2]) and tokens[1].norm() > 0
+    assert torch.allclose(tokens[0], 1.25 * tokens[1], rtol=1e-4)
+    assert (tokens[1, 1] @ gradient[0, 1]) < 0 and tokens[:, 0].abs().max() < 1e-6
+
+
+def test_sets_share_the_sum_of_their_gradients():
+    """Gradients that cancel move nothing together, and each set along its own."""
+    tokens, gradient = torch.zeros(2, 1, 32), torch.randn(1, 1, 32)
+    SharedMuon(tokens, lr=1.0, steps=1000).step(torch.cat([gradient, -gradient]))
+    assert torch.allclose(tokens[0], -tokens[1], atol=1e-6) and tokens.norm() > 0
+
+
+def test_the_rate_of_tokens_falls_along_half_a_cosine():
+    tokens, gradient = torch.zeros(2, 3, 16), torch.randn(2, 3, 16)
+    optimizer, lengths = SharedMuon(tokens, lr=1.0, steps=64), []
+    for _ in range(64):
+        before = tokens.clone()
+        optimizer.step(gradient)
+        lengths.append((tokens - before).norm().item())
+    for step in (16, 32, 63):
+        assert lengths[step] / lengths[0] == pytest.approx((1 + math.cos(math.pi * step / 64)) / 2, rel=1e-2)
+
+
+def test_a_closure_is_refused():
+    with pytest.raises(ValueError, match="no closure"):
+        Muon([torch.zeros(2, 2)], lr=1.0).step(lambda: 0.0)

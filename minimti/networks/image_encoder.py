@@ -1,4 +1,9 @@
-"""The image tower of CLIP that SVD is conditioned on, and the preprocessing it was trained behind."""
+"""SVD's image encoder: the image tower of CLIP (ViT-H/14), and the preprocessing of the official code.
+
+The UNet, the VAE and the sampler of minimti are written from scratch. The image tower is not: `build` returns
+open_clip's own class. Its embedding of an image is the token of plain image-to-video, and where motion-textual
+inversion starts from.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +11,14 @@ from torch import Tensor, nn
 
 from minimti.config import ImageEncoderConfig
 
+# Of the RGB values in [0,1] that CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build(config: ImageEncoderConfig) -> nn.Module:
-    """open_clip's vision transformer: CLIP-normalised [B, 3, S, S] -> embedding [B, embed_dim], not normalised."""
-    from open_clip.transformer import VisionTransformer  # slow to import, and only a full model needs it
+    """open_clip's VisionTransformer: CLIP-normalised [B, 3, S, S] -> embeddings [B, embed_dim], not of unit length."""
+    from open_clip.transformer import VisionTransformer  # here, as it is slow to import
 
     return VisionTransformer(
         image_size=config.image_size,
@@ -28,8 +34,8 @@ def build(config: ImageEncoderConfig) -> nn.Module:
 def preprocess(image: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] in [-1,1] -> [B, 3, size, size], CLIP-normalised.
 
-    The whole image is squashed to a square, as the official code has it (kornia's antialiased resize, then
-    mean and deviation), without clamping or rounding to 8 bits.
+    As in the official code (FrozenOpenCLIPImageEmbedder of sgm, which calls kornia's antialiased resize), the whole
+    image is squashed to a square, whatever its aspect, and neither clamped nor rounded to 8 bits.
     """
     image = F.interpolate(_blur(image, size), (size, size), mode="bicubic", align_corners=True)
     mean, std = (torch.tensor(v, dtype=image.dtype, device=image.device).view(3, 1, 1) for v in (MEAN, STD))
@@ -37,17 +43,20 @@ def preprocess(image: Tensor, size: int) -> Tensor:
 
 
 def _blur(image: Tensor, size: int) -> Tensor:
-    """The Gaussian that keeps the resize to `size` from aliasing; none along an axis that does not shrink."""
+    """The Gaussian blur that keeps the resize from aliasing, [B, 3, H, W] -> the same; none along an axis that grows.
+
+    Source: kornia.geometry.transform.resize with antialias=True.
+    """
     height, width = image.shape[-2:]
     kernel_y, kernel_x = (_gaussian(length / size).to(image) for length in (height, width))
     pad_y, pad_x = len(kernel_y) // 2, len(kernel_x) // 2
     image = F.pad(image, (pad_x, pad_x, pad_y, pad_y), mode="reflect")
-    image = F.conv2d(image, kernel_y.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)
-    return F.conv2d(image, kernel_x.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)
+    image = F.conv2d(image, kernel_y.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)  # weight [3, 1, length, 1]
+    return F.conv2d(image, kernel_x.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)  # weight [3, 1, 1, length]
 
 
 def _gaussian(factor: float) -> Tensor:
-    """The normalised kernel for a reduction by `factor`."""
+    """The kernel [length] for a reduction by `factor`; its sum is 1, its length odd."""
     sigma = max((factor - 1) / 2, 0.001)
     length = int(max(4 * sigma, 3)) // 2 * 2 + 1
     x = torch.arange(length) - length // 2

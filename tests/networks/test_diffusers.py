@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minimti import pipeline
 from minimti.bench.measure import diffusers_unet, diffusers_vae
 from minimti.checkpoint.find import FOLDER_FILES
 from minimti.checkpoint.key_maps import folder_source
@@ -87,7 +88,7 @@ def test_unet(levels, num_res_blocks, batch, num_frames, num_tokens, cells):
     c_noise = torch.randn(batch, dtype=torch.float64)
     micro = torch.tensor([[6, 127, 0.02], [10, 30, 0.1]], dtype=torch.float64)[:batch]
     tokens = torch.randn(batch, num_tokens, config.context_dim, dtype=torch.float64)
-    contexts = ours.absorb(tokens[:, None].expand(-1, num_frames, -1, -1), tokens)
+    contexts = ours.project_tokens(tokens[:, None].expand(-1, num_frames, -1, -1), tokens)
     out = ours(x, c_noise, micro, contexts)
     assert difference(out, theirs(x, c_noise, tokens, micro).sample) < 1e-10
 
@@ -131,7 +132,7 @@ def test_clip_tower(layers, heads, batch):
 
 def write_folder(folder, config: SVDConfig):
     """A diffusers pipeline of random weights, saved by diffusers; returns the pipeline."""
-    pipeline = diffusers.StableVideoDiffusionPipeline(
+    reference = diffusers.StableVideoDiffusionPipeline(
         vae=their_vae(config.vae),
         image_encoder=their_clip(config.image_encoder),
         unet=their_unet(config.unet),
@@ -146,12 +147,12 @@ def write_folder(folder, config: SVDConfig):
         ),
         feature_extractor=transformers.CLIPImageProcessor(),
     )
-    pipeline.save_pretrained(folder)
+    reference.save_pretrained(folder)
     for name in FOLDER_FILES.values():  # diffusers saves no configuration of ours
         path = folder / name.format("")
         save_file(load_file(path), path, {"config": to_json(config)})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    reference.set_progress_bar_config(disable=True)
+    return reference
 
 
 @pytest.mark.parametrize("cond_aug", [0.02, 0.3])
@@ -159,11 +160,11 @@ def test_pipeline(tmp_path, cond_aug):
     """Image to pixels through the folder's own files: conditioning, guidance, sampler and decoder at once."""
     # The pipeline resizes to 224, whatever size the tower is of.
     config = replace(SMALL, image_encoder=replace(SMALL.image_encoder, image_size=224, patch_size=56))
-    pipeline = write_folder(tmp_path, config)
+    reference = write_folder(tmp_path, config)
     width, height = config.size
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
     noise = torch.randn(1, config.num_frames, 4, height // 8, width // 8)
-    theirs = pipeline(
+    theirs = reference(
         image,
         height=height,
         width=width,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from official import SMALL, fill_by_name
-from test_diffusers import difference, their_unet
 from test_checkpoint import manifest
+from test_diffusers import difference, their_unet
 
 from minimti.checkpoint.find import FOLDER_FILES
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS
@@ -33,7 +33,7 @@ def test_unet_equals_diffusers():
     x = torch.randn(1, 3, SVD.unet.in_channels, 8, 16)
     c_noise, micro = torch.tensor([0.7]), torch.tensor([[6, 127, 0.02]])
     tokens = torch.randn(1, 5, SVD.unet.context_dim)
-    out = ours(x, c_noise, micro, ours.absorb(tokens[:, None].expand(-1, 3, -1, -1), tokens))
+    out = ours(x, c_noise, micro, ours.project_tokens(tokens[:, None].expand(-1, 3, -1, -1), tokens))
     assert difference(out, theirs(x, c_noise, tokens, micro).sample) < 1e-5
 
 

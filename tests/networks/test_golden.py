@@ -26,6 +26,7 @@ from minimti.networks.vae import VAE
 from minimti.svd import SVD, Conditioning
 
 FOLDER = Path(os.environ.get("MINIMTI_GOLDEN", Path(__file__).parents[1] / "golden"))
+IMPORTS = Path(__file__).parents[2], Path(__file__).parents[1]  # minimti and official.py, for a subprocess
 FP32, FP64, SAMPLER_FP32 = 1e-5, 1e-10, 1e-4  # norm of the difference over norm
 
 
@@ -70,7 +71,7 @@ def check_unet(path: Path, dtype: torch.dtype, expected: str, tolerance: float) 
     unet.to(dtype)
     names = ("sample", "c_noise", "micro_conditioning", "context_spatial", "context_temporal")
     x, c_noise, micro, spatial, temporal = (golden[name].to(dtype) for name in names)
-    output = unet(x, c_noise, micro, unet.absorb(spatial, temporal))
+    output = unet(x, c_noise, micro, unet.project_tokens(spatial, temporal))
     agree(f"{path.stem} {dtype}", output, golden[expected], tolerance)
 
 
@@ -88,7 +89,8 @@ def test_unet_in_float64(path):
     on some processors: 2e-9 of the output. In its compatible mode it rounds as where the files were made."""
     if "output_f64" in read(path)[1]:
         command = [sys.executable, __file__, str(path)]
-        ran = subprocess.run(command, env=os.environ | {"MKL_CBWR": "COMPATIBLE"}, capture_output=True, text=True)
+        env = os.environ | {"MKL_CBWR": "COMPATIBLE", "PYTHONPATH": os.pathsep.join(map(str, IMPORTS))}
+        ran = subprocess.run(command, env=env, capture_output=True, text=True)
         print(ran.stdout, end="")
         assert ran.returncode == 0, ran.stderr
 

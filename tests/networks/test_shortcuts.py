@@ -25,17 +25,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
 
 
 @given(sets=st.integers(1, 3), num_tokens=st.integers(1, 6), heads=st.integers(1, 3), positions=st.integers(1, 5))
-def test_projections_applied_to_the_tokens(sets, num_tokens, heads, positions):
-    """Both directions: what comes out, and the gradient of the tokens. A single token takes the way past Q and K."""
+def test_cross_attention_is_equation_4(sets, num_tokens, heads, positions):
+    """The output, and the gradient with respect to the tokens; with one token there is no softmax to compute."""
     layer = CrossAttention(8 * heads, 6, head_dim=8).double()
     x = torch.randn(sets, positions, 8 * heads, dtype=torch.float64)
     tokens = torch.randn(sets, num_tokens, 6, dtype=torch.float64, requires_grad=True)
-    ours = layer(x, *layer.absorb(tokens)).expand(x.shape)
+    ours = layer(x, *layer.keys_values(tokens)).expand(x.shape)
     rows = zip(layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens))
     plain = layer.to_out(torch.stack([attention(*row, head_dim=8) for row in rows]))
     assert close(ours, plain)
     weight = torch.randn_like(plain)
     assert close(*(torch.autograd.grad((out * weight).sum(), tokens)[0] for out in (ours, plain)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_fewer_than_two_tokens_give_all_positions_the_same(num_tokens):
+    layer = CrossAttention(16, 6, head_dim=8).double()
+    tokens = torch.randn(3, num_tokens, 6, dtype=torch.float64)
+    out = layer(torch.randn(3, 7, 16, dtype=torch.float64), *layer.keys_values(tokens))
+    wanted = layer.to_out(layer.to_v(tokens)) if num_tokens else layer.to_out[0].bias.expand(3, 1, 16)
+    assert out.shape == (3, 1, 16) and close(out, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_no_tokens_are_zeroed_tokens(num_tokens):
+    layer = CrossAttention(16, 6, head_dim=8).double()
+    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    zeros = torch.zeros(3, num_tokens, 6, dtype=torch.float64)
+    zeroed, none = (layer(x, *layer.keys_values(tokens)) for tokens in (zeros, zeros[:, :0]))
+    assert close(zeroed.expand(x.shape), none.expand(x.shape))
 
 
 @pytest.mark.parametrize("few_scores", [0, FEW_SCORES])
@@ -44,10 +64,9 @@ def test_projections_applied_to_the_tokens(sets, num_tokens, heads, positions):
 def test_self_attention_of_either_kind_fused_or_not(few_scores, batch, num_frames, positions):
     """Among the positions of a frame, and among the frames of a position."""
     over_space, over_time = (kind(16, head_dim=8).double() for kind in (SelfAttention, SelfAttentionOverTime))
+    over_space.few_scores = over_time.few_scores = few_scores
     x = torch.randn(batch, num_frames, positions, 16, dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minimti.networks.attention.FEW_SCORES", few_scores)
-        spatial, temporal = (layer(x.flatten(0, 1), num_frames).view(x.shape) for layer in (over_space, over_time))
+    spatial, temporal = (layer(x.flatten(0, 1), num_frames).view(x.shape) for layer in (over_space, over_time))
     for b in range(batch):
         for f in range(num_frames):
             assert close(spatial[b, f], alone(over_space, x[b, f]))
@@ -56,7 +75,7 @@ def test_self_attention_of_either_kind_fused_or_not(few_scores, batch, num_frame
 
 
 def alone(layer: SelfAttention, x: Tensor) -> Tensor:
-    """[L, dim], one sequence."""
+    """One sequence [L, dim] -> the same shape."""
     return layer.to_out(attention(layer.to_q(x), layer.to_k(x), layer.to_v(x), layer.head_dim))
 
 
@@ -103,33 +122,65 @@ def svd() -> SVD:
     return svd
 
 
+def inputs(batch: int, num_tokens: int) -> dict[str, Tensor]:
+    """For a small UNet in float64: B clips of 3 frames."""
+    return dict(
+        x=torch.randn(batch, 3, 8, 8, 8, dtype=torch.float64),
+        c_noise=torch.randn(batch),
+        micro=torch.tensor([[6, 127, 0.02]]).expand(batch, 3),
+        spatial=torch.randn(batch, 3, num_tokens, 48, dtype=torch.float64),
+        temporal=torch.randn(batch, num_tokens, 48, dtype=torch.float64),
+    )
+
+
+def run(unet: UNet, x: Tensor, c_noise: Tensor, micro: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+    return unet(x, c_noise, micro, unet.project_tokens(spatial, temporal))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_zeroed_tokens_are_no_tokens(svd, num_tokens):
-    """In a batch behind clips without tokens, alone, and as the zeros that they officially are."""
-    x = torch.randn(2, 3, 8, 8, 8, dtype=torch.float64)
-    spatial = torch.randn(1, 3, num_tokens, 48, dtype=torch.float64)
-    temporal = torch.randn(1, num_tokens, 48, dtype=torch.float64)
+def test_a_network_without_tokens_is_one_with_zeroed_tokens(svd, num_tokens):
+    """Alone, and in the batch of guidance, where the other clip has tokens."""
+    both = inputs(2, num_tokens)
+    both["spatial"][0], both["temporal"][0] = 0, 0
+    first = {name: tensor[:1] for name, tensor in both.items()}
+    none = {**first, "spatial": first["spatial"][:, :, :0], "temporal": first["temporal"][:, :0]}
+    assert close(run(svd.unet, **none), run(svd.unet, **both)[:1])
+    assert close(run(svd.unet, **none), run(svd.unet, **first))
 
-    def run(x: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        c_noise, micro = torch.zeros(len(x)), torch.tensor([[6, 127, 0.02]]).expand(len(x), 3)
-        return svd.unet(x, c_noise, micro, svd.unet.absorb(spatial, temporal))
 
-    zeros = [torch.cat([torch.zeros_like(tokens), tokens]) for tokens in (spatial, temporal)]
-    official = run(x, *zeros)
-    assert close(run(x, spatial, temporal), official)
-    assert close(run(x[:1], spatial[:0], temporal[:0]), official[:1])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_sums_in_place_change_nothing(svd, num_tokens):
+    """Without gradients, layers write their results over tensors that they own; no input may be among these."""
+    given = inputs(2, num_tokens)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    with torch.no_grad():
+        in_place = [run(svd.unet, **given) for _ in range(2)]
+    apart = run(svd.unet, **given)
+    assert all(torch.equal(given[name], before[name]) for name in given)
+    assert torch.equal(*in_place) and close(in_place[0], apart)
+
+
+def test_contexts_of_other_clips_are_refused(svd):
+    two = inputs(2, num_tokens=3)
+    with pytest.raises(ValueError, match="spatial tokens are for 1 clips, temporal tokens for 2"):
+        svd.unet.project_tokens(two["spatial"][:1], two["temporal"])
+    one = svd.unet.project_tokens(two["spatial"][:1], two["temporal"][:1])
+    with pytest.raises(ValueError, match="3 spatial and 1 temporal sets of tokens do not fit 2 clips of 3 frames"):
+        svd.unet(two["x"], two["c_noise"], two["micro"], one)
 
 
 @torch.no_grad()
-def test_constant_tokens_are_absorbed_once(svd, monkeypatch):
-    """Not once per step: twenty-five steps of guidance ask for them a single time."""
-    absorbed, evaluated = [], []
-    absorb, forward = UNet.absorb, UNet.forward
-    monkeypatch.setattr(UNet, "absorb", lambda unet, *tokens: absorbed.append(1) or absorb(unet, *tokens))
-    monkeypatch.setattr(UNet, "forward", lambda unet, *args: evaluated.append(1) or forward(unet, *args))
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_tokens_are_projected_once_per_sampling_run(svd, monkeypatch, in_turn):
+    """Once per run for each branch that is evaluated by itself, however many steps there are."""
+    calls = []
+    project_tokens, forward = UNet.project_tokens, UNet.forward
+    monkeypatch.setattr(UNet, "project_tokens", lambda *args: calls.append("tokens") or project_tokens(*args))
+    monkeypatch.setattr(UNet, "forward", lambda *args: calls.append("network") or forward(*args))
     image = torch.zeros(1, 2, 4, 8, 8, dtype=torch.float64)
     tokens = torch.randn(1, 2, 3, 48, dtype=torch.float64)
     cond = Conditioning(image, torch.tensor([[6, 127, 0.02]]), tokens, tokens[:, 0])
-    list(svd.sample(cond, torch.randn_like(image), 4, (1.0, 3.0)))
-    assert (len(absorbed), len(evaluated)) == (1, 4)
+    list(svd.sample(cond, torch.randn_like(image), 4, (1.0, 3.0), in_turn=in_turn))
+    branches = 2 if in_turn else 1
+    assert calls == ["tokens"] * branches + ["network"] * branches * 4

@@ -1,0 +1,85 @@
+"""Properties of the UNet that need no reference implementation."""
+
+import pytest
+import torch
+from official import SMALL
+
+from minimti.networks.layers import Blend
+
+F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
+
+
+def inputs(batch: int) -> dict[str, torch.Tensor]:
+    return dict(
+        x=torch.randn(batch, F, SMALL.unet.in_channels, 8, 16),
+        c_noise=torch.randn(batch),
+        micro=torch.tensor([[6.0, 127.0, 0.02], [10.0, 30.0, 0.1]])[:batch],
+        spatial=torch.randn(batch, F, N, D),
+        temporal=torch.randn(batch, N, D),
+    )
+
+
+def evaluate(svd, x, c_noise, micro, spatial, temporal) -> torch.Tensor:
+    return svd.unet(x, c_noise, micro, svd.unet.project_tokens(spatial, temporal))
+
+
+@torch.no_grad()
+def test_a_batch_of_two_is_two_batches_of_one(small_svd):
+    both = inputs(2)
+    out = evaluate(small_svd, **both)
+    for i in range(2):
+        alone = evaluate(small_svd, **{name: value[i : i + 1] for name, value in both.items()})
+        assert torch.allclose(alone[0], out[i], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighs_temporal", [False, True])
+def test_blend_extremes_are_the_single_branch(weighs_temporal):
+    spatial, temporal = torch.randn(2, 3, 4)
+    blend = Blend(weighs_temporal)
+    for factor, first in ((-100.0, False), (100.0, True)):
+        blend.mix_factor.fill_(factor)
+        branch = temporal if first == weighs_temporal else spatial
+        assert torch.equal(blend(spatial, temporal), branch)
+
+
+@torch.no_grad()
+def test_frames_are_independent_where_every_blend_is_spatial(small_svd):
+    """A token set reaches other frames through the layers over time alone; without them, only its own frame."""
+    mixers = [module for module in small_svd.unet.modules() if isinstance(module, Blend)]
+    kept = [mixer.mix_factor.clone() for mixer in mixers]
+    plain = inputs(1)
+    changed = plain | {"spatial": plain["spatial"].clone()}
+    changed["spatial"][:, 2] += 1
+    with_time = (evaluate(small_svd, **changed) - evaluate(small_svd, **plain)).abs().amax(dim=(0, 2, 3, 4))
+    for mixer in mixers:
+        mixer.mix_factor.fill_(100.0)
+    alone = (evaluate(small_svd, **changed) - evaluate(small_svd, **plain)).abs().amax(dim=(0, 2, 3, 4))
+    for mixer, factor in zip(mixers, kept):
+        mixer.mix_factor.copy_(factor)
+    assert (with_time > 1e-6).all()
+    assert alone[2] > 1e-3 and (alone[[0, 1, 3]] == 0).all()
+
+
+@torch.no_grad()
+def test_temporal_tokens_reach_every_frame(small_svd):
+    plain = inputs(1)
+    moved = evaluate(small_svd, **plain | {"temporal": plain["temporal"] + 1}) - evaluate(small_svd, **plain)
+    assert (moved.abs().amax(dim=(0, 2, 3, 4)) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_equal_tokens_are_one_token(small_svd):
+    """N copies of a token share the attention that one would have: plain image-to-video is N = 1 broadcast."""
+    plain = inputs(1)
+    one = plain | {"spatial": plain["spatial"][:, :, :1], "temporal": plain["temporal"][:, :1]}
+    five = one | {"spatial": one["spatial"].expand(-1, -1, 5, -1), "temporal": one["temporal"].expand(-1, 5, -1)}
+    assert torch.allclose(evaluate(small_svd, **one), evaluate(small_svd, **five), atol=1e-5)
+
+
+def test_shapes_that_do_not_fit_are_named(small_svd):
+    plain = inputs(1)
+    with pytest.raises(ValueError, match="3 sets of spatial tokens do not fit 1 clips of 4 frames"):
+        evaluate(small_svd, **plain | {"spatial": plain["spatial"][:, :3]})
+    with pytest.raises(ValueError, match="16x9 cannot be halved 3 times"):
+        evaluate(small_svd, **plain | {"x": torch.randn(1, F, 8, 9, 16)})

@@ -1,0 +1,98 @@
+"""Augmentation: which changes there are, how strong they are, and that all frames get the same."""
+
+import colorsys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimti.augment import augment
+
+SEEDS = range(60)
+
+
+def augmented(clip: torch.Tensor, seed: int, flip: bool = False) -> torch.Tensor:
+    return augment(clip, torch.Generator().manual_seed(seed), flip)
+
+
+def plain(*rgb: float) -> torch.Tensor:
+    """A clip of one frame in one colour, [1, 3, 32, 48]."""
+    return torch.tensor(rgb).view(1, 3, 1, 1).expand(1, 3, 32, 48).contiguous()
+
+
+@given(seed=st.integers(0, 1000), flip=st.booleans())
+def test_it_is_the_same_for_every_frame(seed, flip):
+    """Frames that are equal stay equal, whatever the other frames of the clip show."""
+    image, other = torch.rand(2, 3, 32, 48) * 2 - 1
+    out = augmented(torch.stack([image, other, image]), seed, flip)
+    assert out.shape == (3, 3, 32, 48) and out.abs().max() <= 1
+    assert torch.equal(out[0], out[2]) and not torch.equal(out[0], out[1])
+    assert torch.equal(augmented(image[None], seed, flip)[0], out[0])
+
+
+def test_it_mirrors_half_of_the_clips_where_it_may():
+    ramp = torch.linspace(-0.5, 0.5, 48).expand(1, 3, 32, 48)  # brighter to the right
+
+    def mirrored(flip: bool) -> int:
+        outs = [augmented(ramp, seed, flip) for seed in SEEDS]
+        return sum((out[..., -1].mean() < out[..., 0].mean()).item() for out in outs)
+
+    assert mirrored(flip=False) == 0
+    assert 20 <= mirrored(flip=True) <= 40
+
+
+def test_it_crops_a_random_part_of_the_picture():
+    """Grey levels 0.01 x + 0.0001 y code the place of a pixel; two frames of constant grey give the colour change."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij")
+    places = (0.008 * x + 0.0002 * y).expand(1, 3, 32, 48)
+    shares, lefts, tops = [], [], []
+    for seed in SEEDS:
+        low, high = (augmented(plain(v, v, v), seed)[0, 0, 0, 0] for v in (0.0, 0.4))
+        grey = (augmented(places, seed)[0, 0] - low) / ((high - low) / 0.4)
+        width = (grey[16, 40] - grey[16, 8]) / 0.008 / 32 * 48
+        height = (grey[28, 24] - grey[4, 24]) / 0.0002 / 24 * 32
+        shares.append((width * height / (32 * 48)).item())
+        lefts.append((grey[16, 24] / 0.008 - width / 2).item())
+        tops.append(height.item())
+    shares = torch.tensor(shares)
+    assert 0.65 < shares.min() < 0.78 and 0.92 < shares.max() < 1.05  # of the area, 0.7 to 1
+    assert torch.tensor(lefts).std() > 0.5  # the place varies too
+    assert torch.tensor(tops).max() < 32.5
+
+
+def colour_changes() -> dict[str, torch.Tensor]:
+    """Contrast, brightness, saturation and hue of every seed, read from frames of one colour."""
+    found = {name: [] for name in ("contrast", "brightness", "saturation", "hue")}
+    for seed in SEEDS:
+        low, high = (augmented(plain(v, v, v), seed)[0, 0, 0, 0].item() for v in (-0.3, 0.3))
+        contrast = (high - low) / 0.6
+        found["contrast"].append(contrast)
+        found["brightness"].append((high + low) / 2)
+        before, after = (0.2, -0.1, -0.2), augmented(plain(0.2, -0.1, -0.2), seed)[0, :, 0, 0].tolist()
+        hues, chroma = [], []
+        for rgb in (before, after):
+            rgb = [(v + 1) / 2 for v in rgb]
+            hues.append(colorsys.rgb_to_hsv(*rgb)[0])
+            chroma.append(max(rgb) - min(rgb))
+        found["hue"].append((hues[1] - hues[0] + 0.5) % 1 - 0.5)
+        found["saturation"].append(chroma[1] / chroma[0] / contrast)
+    return {name: torch.tensor(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    "change, low, high",
+    [("contrast", 0.8, 1.2), ("brightness", -0.15, 0.15), ("saturation", 0.8, 1.2), ("hue", -0.05, 0.05)],
+)
+def test_every_change_of_colour_fills_its_range(change, low, high):
+    values, margin = colour_changes()[change], 0.15 * (high - low)
+    assert low - 0.01 < values.min() < low + margin and high - margin < values.max() < high + 0.01
+    assert values.std() > 0.2 * (high - low)  # uniform: 0.29
+
+
+def test_contrast_is_about_mid_grey():
+    """Not about each frame's own mean: a dark frame and a bright one of a clip change alike."""
+    clip = torch.cat([plain(-0.4, -0.4, -0.4), plain(0.4, 0.4, 0.4)])
+    for seed in range(10):
+        together, alone = augmented(clip, seed), augmented(clip[1:], seed)
+        assert torch.equal(together[1:], alone)

@@ -1,0 +1,279 @@
+"""Motion-textual inversion: what a step draws, what the optimiser gets, and what a fault leaves."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from official import SMALL
+
+from minimti import edm, invert as module
+from minimti.config import MODELS
+from minimti.invert import OPTIMIZERS, Recipe, draw, invert, loss_and_gradient, make_recipe, view
+from minimti.motion import Motion
+
+F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
+ADAM = Recipe("adam", False, False, steps=1, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=0)
+MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
+
+
+@pytest.fixture
+def motion() -> Motion:
+    return Motion(torch.randn(F + 1, N, D), F, SMALL.name, SMALL.micro, SMALL.size, steps=0, seed=0)
+
+
+@pytest.fixture
+def clip() -> torch.Tensor:
+    return torch.rand(F, 3, SMALL.size[1], SMALL.size[0]) * 2 - 1
+
+
+def run(svd, clip, motion, recipe=ADAM, flip=True, **options) -> list[float]:
+    return list(invert(svd, partial(view, svd, clip, motion, flip), motion, recipe, **options))
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_the_papers_recipe_is_that_of_section_b_2():
+    recipe = make_recipe(MODELS["svd"], "paper")
+    assert recipe == Recipe("adam", False, False, 1000, 1e-2, p_mean=2.8, p_std=1.6, num_cached_views=100)
+
+
+def test_ours_takes_half_the_steps():
+    recipe = make_recipe(MODELS["svd"], "muon")
+    assert recipe == Recipe("muon", True, True, 500, 0.2, p_mean=2.8, p_std=1.6, num_cached_views=25)
+
+
+def test_a_model_names_its_own_recipe():
+    for name, recipe in (("svd", "paper"), ("svd-xt", "paper"), ("svd-xt-1-1", "paper"), ("tiny", "muon")):
+        assert make_recipe(MODELS[name]) == make_recipe(MODELS[name], recipe)
+    with pytest.raises(ValueError, match="unknown recipe 'other': paper or muon"):
+        make_recipe(MODELS["svd"], "other")
+
+
+# -------------------------------------------------------------------------------------------------------------- draws
+
+
+def test_every_step_draws_other_noise():
+    noises = [draw(ADAM, 700.0, seed, step, torch.Size([4, 8]))[1] for seed in (0, 1) for step in range(20)]
+    for i, noise in enumerate(noises):
+        assert all((noise - other).abs().max() > 0.1 for other in noises[:i])
+    assert torch.cat(noises).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_a_step_draws_the_same_again():
+    for recipe in (ADAM, MUON):
+        (sigma, n), (again, same) = (draw(recipe, 700.0, 3, 5, torch.Size([4])) for _ in range(2))
+        assert torch.equal(sigma, again) and torch.equal(n, same)
+
+
+def quantiles(recipe: Recipe, seed: int, steps: int) -> torch.Tensor:
+    """The sigmas of so many steps, as shares of their distribution, in order."""
+    sigmas = [draw(recipe, 1e9, seed, step, torch.Size([1]))[0].item() for step in range(steps)]
+    return torch.special.ndtr(torch.tensor(sigmas).log()).sort().values
+
+
+def test_spread_sigmas_leave_no_gap_at_any_time():
+    for seed in range(3):
+        for steps in (8, 64, 500):
+            shares = quantiles(MUON, seed, steps)
+            gaps = torch.cat([shares[:1], shares.diff(), 1 - shares[-1:]])
+            assert gaps.max() < 2.7 / steps and shares.diff().min() > 0.3 / steps
+    assert quantiles(MUON, 0, 1) != quantiles(MUON, 1, 1)
+
+
+def test_independent_sigmas_follow_the_distribution_with_gaps():
+    """Kolmogorov-Smirnov: for 2000 draws the largest distance from the diagonal passes 0.036 in 1 % of cases."""
+    shares = quantiles(ADAM, 0, 2000)
+    assert (shares - torch.linspace(0, 1, 2000)).abs().max() < 0.036
+    assert 4 / 2000 < shares.diff().max() < 12 / 2000  # the largest of n random gaps is about ln(n) / n
+
+
+def test_sigma_has_the_mean_and_deviation_of_the_recipe():
+    sigmas = [draw(replace(MUON, p_mean=2.8, p_std=1.6), 1e9, 0, step, torch.Size([1]))[0] for step in range(500)]
+    logs = torch.cat(sigmas).log()
+    assert logs.mean().item() == pytest.approx(2.8, abs=0.02) and logs.std().item() == pytest.approx(1.6, abs=0.05)
+
+
+def test_sigma_is_clamped_to_the_largest_of_the_model(small_svd, motion, clip, monkeypatch):
+    seen = []
+    loss = edm.loss
+    monkeypatch.setattr(edm, "loss", lambda network, x0, sigma, n: seen.append(sigma) or loss(network, x0, sigma, n))
+    run(small_svd, clip, motion, replace(ADAM, p_mean=9.0, p_std=0.0))
+    assert seen[0].item() == SMALL.sigma_max
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+def test_views_differ_and_repeat(small_svd, motion, clip):
+    latents = [view(small_svd, clip, motion, True, index)[0] for index in (0, 1, 2, 0)]
+    for i in range(3):
+        for j in range(i):
+            assert (latents[i] - latents[j]).norm() > 0.1 * latents[i].norm()
+    assert torch.equal(latents[0], latents[3])
+
+
+def test_a_view_is_of_the_augmented_clip(small_svd, motion, clip, monkeypatch):
+    """Latents and conditioning come from the same augmentation, which mirrors only where it may."""
+    svd, changed, calls = small_svd, clip.flip(-1) / 2, []
+    monkeypatch.setattr(module, "augment", lambda c, generator, flip: calls.append((c, flip)) or changed)
+    motion.micro = replace(motion.micro, cond_aug=0.0)
+    for flip in (True, False):
+        x0, cond = view(svd, clip, motion, flip, index=3)
+        assert torch.equal(x0, svd.encode(changed[None]))
+        assert torch.equal(cond.concat[:, 0], svd.vae.encode(changed[:1]))
+    assert [flip for _, flip in calls] == [True, False] and calls[0][0] is clip
+
+
+def test_no_two_draws_share_a_generator():
+    seeds = [module._generator(seed, draw).initial_seed() for seed in (0, 1, 2) for draw in range(2000)]
+    assert len({0, *seeds}) == 6001  # 0 is the seed of the initial noise
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+def test_the_gradient_is_that_of_the_mean_loss(small_svd, motion, clip):
+    """Neither scaled by the number of elements, nor the temporal set's in place of a frame's."""
+    x0, cond = view(small_svd, clip, motion, False, 0)
+    sigma, n = torch.tensor([1.5]), torch.randn(x0.shape)
+    loss, grad = loss_and_gradient(small_svd, motion, (x0, cond), sigma, n)
+    tokens = motion.tokens.clone().requires_grad_()
+    plain = edm.loss(small_svd.network(replace(cond, spatial=tokens[None, :F], temporal=tokens[F:])), x0, sigma, n)
+    (expected,) = torch.autograd.grad(plain, tokens)
+    assert torch.allclose(loss, plain.detach()) and torch.allclose(grad, expected, rtol=1e-3, atol=1e-8)
+    assert not loss.requires_grad and not grad.requires_grad
+
+
+def test_the_optimiser_is_handed_the_gradient_of_each_step(small_svd, motion, clip, monkeypatch):
+    """Of that step's noise, sigma and view."""
+    handed = []
+
+    class Spy:
+        def __init__(self, tokens, recipe):
+            self.torch_optimizer = torch.optim.SGD([tokens], 0.0)
+
+        def step(self, grad):
+            handed.append(grad.clone())
+
+    monkeypatch.setitem(OPTIMIZERS, "adam", Spy)
+    losses = run(small_svd, clip, motion, replace(ADAM, steps=3))
+    for step in range(3):
+        seen = view(small_svd, clip, motion, True, step)
+        sigma, n = draw(ADAM, SMALL.sigma_max, 0, step, seen[0].shape)
+        loss, grad = loss_and_gradient(small_svd, motion, seen, sigma, n)
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        assert torch.allclose(handed[step], grad, rtol=1e-4, atol=1e-9)
+    assert handed[0].norm() < 1  # the mean's gradient, for latents of 2048 numbers
+
+
+@pytest.mark.parametrize("recipe", [ADAM, MUON])
+def test_gradients_reach_every_token_and_no_weight(small_svd, motion, clip, recipe):
+    before = motion.tokens.clone()
+    assert len(run(small_svd, clip, motion, recipe)) == 1 and motion.steps == 1
+    assert ((motion.tokens - before).abs().amax(dim=-1) > 0).all()
+    assert all(parameter.grad is None for parameter in small_svd.parameters())
+    assert not motion.tokens.requires_grad and motion.tokens.grad is None
+
+
+def test_adam_moves_at_its_rate_in_every_step(small_svd, motion, clip):
+    """With a gradient that does not change, every step of Adam's is the rate, along every axis."""
+    optimizer = OPTIMIZERS["adam"](motion.tokens, ADAM)
+    gradient = torch.randn(motion.tokens.shape)
+    for _ in range(20):
+        before = motion.tokens.clone()
+        optimizer.step(gradient)
+        assert torch.allclose(before - motion.tokens, 1e-2 * gradient.sign(), rtol=1e-2)
+
+
+def test_the_rate_of_the_recipe_reaches_the_optimisers(motion):
+    for name, recipe in (("adam", ADAM), ("muon", MUON)):
+        travelled = []
+        for lr in (recipe.lr, 2 * recipe.lr):
+            tokens = motion.tokens.clone()
+            OPTIMIZERS[name](tokens, replace(recipe, lr=lr, steps=10)).step(torch.ones_like(tokens))
+            travelled.append((tokens - motion.tokens).norm().item())
+        assert travelled[1] == pytest.approx(2 * travelled[0], rel=1e-3)
+
+
+def test_inversion_lowers_the_loss(small_svd, motion, clip):
+    """On fixed noise, so that the two losses differ by the tokens alone."""
+    x0 = small_svd.encode(clip[None])
+    sigma, n = torch.tensor([1.0]), torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+
+    @torch.no_grad()
+    def loss() -> float:
+        cond = small_svd.prepare(clip[:1], motion.sets, motion.micro, torch.Generator().manual_seed(6))
+        return edm.loss(small_svd.network(cond), x0, sigma, n).item()
+
+    before = loss()
+    run(small_svd, clip, motion, replace(ADAM, steps=25, lr=1.0, p_std=0.5), flip=False)
+    assert motion.steps == 25
+    assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize("recipe", [ADAM, MUON])
+def test_inversion_is_reproducible(small_svd, motion, clip, recipe):
+    def repeat(seed: int) -> tuple[list[float], torch.Tensor]:
+        copy = replace(motion, tokens=motion.tokens.clone(), seed=seed)
+        return run(small_svd, clip, copy, replace(recipe, steps=2)), copy.tokens
+
+    (losses, tokens), (again, same), (other, _) = repeat(0), repeat(0), repeat(1)
+    assert losses == again and torch.equal(tokens, same)
+    assert losses != other
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("recipe", [ADAM, MUON])
+@pytest.mark.parametrize("fetch_every", [1, 4, 100])
+@pytest.mark.parametrize("bad", [0, 2, 5])
+def test_a_fault_leaves_the_last_good_step(small_svd, motion, clip, monkeypatch, recipe, fetch_every, bad):
+    """A gradient that is not finite in step `bad` of 6: whatever runs until it is noticed changes nothing."""
+    constant, gradients = view(small_svd, clip, motion, False, 0), torch.randn(6, *motion.tokens.shape)
+    gradients[bad, 1, 2, 3] = torch.nan
+
+    def planted(svd, motion, view, sigma, n):
+        return torch.tensor(0.5), gradients[next(steps)]
+
+    monkeypatch.setattr(module, "loss_and_gradient", planted)
+    good, steps = replace(motion, tokens=motion.tokens.clone()), iter(range(6))
+    iterator = invert(small_svd, lambda _: constant, good, replace(recipe, steps=6))
+    for _ in range(bad):
+        next(iterator)
+    expected = good.tokens.clone()
+
+    steps, yielded = iter(range(6)), []
+    with pytest.raises(FloatingPointError, match=rf"step {bad + 1} \(sigma .*the tokens are those of step {bad}$"):
+        for loss in invert(small_svd, lambda _: constant, motion, replace(recipe, steps=6), fetch_every):
+            yielded.append(loss)
+    assert torch.equal(motion.tokens, expected) and motion.steps == bad and yielded == [0.5] * bad
+
+
+def test_a_loss_that_is_not_finite_is_a_fault_too(small_svd, motion, clip, monkeypatch):
+    before = motion.tokens.clone()
+    zero = torch.zeros_like(motion.tokens)
+    monkeypatch.setattr(module, "loss_and_gradient", lambda *_: (torch.tensor(torch.inf), zero))
+    with pytest.raises(FloatingPointError, match="step 1 "):
+        run(small_svd, clip, motion, MUON)
+    assert torch.equal(motion.tokens, before)
+
+
+def test_a_clip_that_is_not_finite_is_a_fault(small_svd, motion, clip):
+    before = motion.tokens.clone()
+    with pytest.raises(FloatingPointError, match=r"step 1 \(sigma .*, seed 0\) is not finite"):
+        run(small_svd, clip * float("nan"), motion)
+    assert torch.equal(motion.tokens, before)
+
+
+@pytest.mark.parametrize("recipe", [ADAM, MUON])
+def test_late_fetching_changes_nothing_else(small_svd, motion, clip, recipe):
+    """Every loss arrives once and in order, and the tokens are the same."""
+    results = []
+    for fetch_every in (1, 3, 100):
+        copy = replace(motion, tokens=motion.tokens.clone())
+        results.append((run(small_svd, clip, copy, replace(recipe, steps=4), fetch_every=fetch_every), copy.tokens))
+    for losses, tokens in results[1:]:
+        assert losses == results[0][0] and len(losses) == 4 and torch.equal(tokens, results[0][1])

@@ -1,0 +1,177 @@
+"""Conditioning, guidance and sampling: what training and sampling share."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from official import SMALL, fill_by_name
+
+from minimti import edm
+from minimti.svd import SVD, Conditioning
+
+F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
+LATENT = (SMALL.unet.out_channels, SMALL.size[1] // 8, SMALL.size[0] // 8)
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(1, 3, SMALL.size[1], SMALL.size[0]) * 2 - 1
+
+
+def tokens(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, F, N, D), torch.randn(batch, N, D)
+
+
+def conditioning(svd: SVD, image: torch.Tensor) -> Conditioning:
+    return svd.prepare(image, tokens(), SMALL.micro, torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_batch_of_two_is_two_batches_of_one(small_svd):
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    one_by_one = torch.cat([small_svd.vae.encode(pixels[:1]), small_svd.vae.encode(pixels[1:])])
+    assert torch.allclose(one_by_one, small_svd.vae.encode(pixels))
+    latents = torch.randn(2, F, *LATENT)
+    one_by_one = torch.cat([small_svd.decode(latents[:1]), small_svd.decode(latents[1:])])
+    assert torch.allclose(one_by_one, small_svd.decode(latents), atol=1e-5)
+
+
+@torch.no_grad()
+def test_scaled_latents_are_raw_latents_times_the_scale(small_svd):
+    pixels = torch.rand(1, 2, 3, 64, 64) * 2 - 1
+    raw = small_svd.vae.moments(pixels[0]).chunk(2, dim=1)[0]
+    assert torch.allclose(small_svd.vae.encode(pixels[0]), raw, atol=1e-5)
+    assert torch.allclose(small_svd.encode(pixels)[0], 0.18215 * raw, atol=1e-5)
+    decoded = small_svd.vae.decoder(raw, num_frames=2)
+    assert torch.allclose(small_svd.decode(0.18215 * raw[None])[0], decoded, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_conditioning_of_an_image(small_svd, image):
+    svd, micro = small_svd, replace(SMALL.micro, cond_aug=0.0)
+    cond = svd.prepare(image, svd.tokens_of(image, F), micro, torch.Generator())
+    assert torch.equal(cond.concat, svd.vae.encode(image)[:, None].expand(-1, F, -1, -1, -1))  # raw, not scaled
+    assert cond.micro.tolist() == [[6, 127, 0]]
+    assert torch.equal(cond.spatial, svd.embed(image)[:, None, None].expand(-1, F, -1, -1))
+    assert torch.equal(cond.temporal, svd.embed(image)[:, None])
+
+
+@torch.no_grad()
+def test_noise_is_added_to_the_encoded_image_alone(small_svd, image):
+    svd, micro = small_svd, replace(SMALL.micro, cond_aug=0.5)
+    clean = svd.tokens_of(image, F)
+    noisy = svd.prepare(image, clean, micro, torch.Generator().manual_seed(2))
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(noisy.concat[:, 0], svd.vae.encode(image + 0.5 * noise))
+    assert torch.equal(noisy.spatial, clean[0]) and noisy.micro[0, 2] == 0.5
+
+
+def test_the_forms_of_a_conditioning(small_svd, image):
+    cond = conditioning(small_svd, image)
+    alone = cond.without_image()
+    assert (alone.concat == 0).all() and torch.equal(alone.spatial, cond.spatial)
+    negative = cond.negative()
+    assert not any(t.any() for t in (negative.concat, negative.spatial, negative.temporal))
+    assert negative.spatial.shape == cond.spatial.shape and torch.equal(negative.micro, cond.micro)
+    assert cond.without_tokens().spatial.shape == (1, F, 0, D) and cond.without_tokens().temporal.shape == (1, 0, D)
+    both = negative.batched_with(cond)
+    assert torch.equal(both.spatial[1:], cond.spatial) and not both.spatial[:1].any()
+    assert torch.equal(both.concat[1:], cond.concat) and torch.equal(both.micro, cond.micro.expand(2, -1))
+
+
+@torch.no_grad()
+def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(small_svd, image):
+    """Its own estimate is D(negative) + scale * (D(positive) - D(negative)), with the scale of each frame."""
+    cond, x, sigma = conditioning(small_svd, image), torch.randn(1, F, *LATENT), torch.tensor([2.0])
+    zeroed = replace(cond, concat=cond.concat * 0, spatial=cond.spatial * 0, temporal=cond.temporal * 0)
+    negative, positive = (edm.denoise(small_svd.network(c), x, sigma) for c in (zeroed, cond))
+    for in_turn in (False, True):
+        estimate = small_svd.denoiser(cond, (0.0, 3.0), in_turn)(x, sigma)
+        for frame, scale in enumerate((0.0, 1.0, 2.0, 3.0)):
+            expected = negative[0, frame] + scale * (positive[0, frame] - negative[0, frame])
+            assert torch.allclose(estimate[0, frame], expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sampling_starts_from_the_noise_at_the_largest_sigma(small_svd, image, monkeypatch):
+    """One Euler step from sigma_max to 0 ends on the first estimate, D(n sqrt(1 + sigma_max^2); sigma_max)."""
+    cond, n = conditioning(small_svd, image), torch.randn(1, F, *LATENT)
+    (x,) = small_svd.sample(cond, n, 1, (1.0, 3.0))
+    D_1 = small_svd.denoiser(cond, (1.0, 3.0))(n * (1 + 700**2) ** 0.5, torch.tensor([700.0]))
+    assert torch.allclose(x, D_1, rtol=1e-3, atol=1e-3 * D_1.abs().max().item())
+
+
+@torch.no_grad()
+def test_tokens_are_projected_once_per_sample(small_svd, image, monkeypatch):
+    projected, evaluated = [], []
+    project, forward = small_svd.unet.project_tokens, small_svd.unet.forward
+    monkeypatch.setattr(small_svd.unet, "project_tokens", lambda *tokens: projected.append(1) or project(*tokens))
+    monkeypatch.setattr(small_svd.unet, "forward", lambda *args: evaluated.append(1) or forward(*args))
+    list(small_svd.sample(conditioning(small_svd, image), torch.randn(1, F, *LATENT), 4, (1.0, 3.0)))
+    assert (len(projected), len(evaluated)) == (1, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_sample_that_is_not_finite_names_its_step(small_svd, image, monkeypatch, steps):
+    n = torch.full((1, F, *LATENT), torch.inf)
+    with pytest.raises(FloatingPointError, match=rf"step 1 of {steps} \(sigma 700\)"):
+        list(small_svd.sample(conditioning(small_svd, image), n, steps, (1.0, 3.0)))
+
+
+@torch.no_grad()
+def test_a_fault_in_the_last_step_is_found(small_svd, image):
+    def solver(D, n, sigmas):
+        yield n
+        yield n * torch.nan
+
+    with pytest.raises(FloatingPointError, match="step 2 of 2"):
+        list(small_svd.sample(conditioning(small_svd, image), torch.randn(1, F, *LATENT), 2, (1.0, 3.0), solver))
+
+
+def build() -> SVD:
+    with torch.device("meta"):
+        svd = SVD(SMALL)
+    return fill_by_name(svd, SMALL, "")
+
+
+@torch.no_grad()
+def test_a_released_network_is_named_when_it_is_used(image):
+    svd = build()
+    for name in ("vae", "image_encoder", "unet"):
+        svd.release(name)
+    uses = {
+        "vae": [lambda: svd.encode(image[None]), lambda: svd.decode(torch.zeros(1, F, *LATENT))],
+        "image_encoder": [lambda: svd.embed(image)],
+        "unet": [lambda: svd.network(Conditioning(torch.zeros(1, F, *LATENT), torch.zeros(1, 3), *tokens()))],
+    }
+    for name, calls in uses.items():
+        for call in calls:
+            with pytest.raises(RuntimeError, match=f"{name} was released"):
+                call()
+    assert not list(svd.parameters())
+
+
+class Recorded(torch.nn.Linear):
+    """A layer that records where it is moved to, in place of a second device."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.moves = []
+
+    def to(self, device):
+        self.moves.append(str(device))
+        return self
+
+
+def test_a_parked_network_is_fetched_when_it_is_used(image):
+    svd = build()
+    svd.vae = Recorded()
+    svd.park("vae")
+    assert svd.vae.moves == []  # no device of its own: nothing to move
+    svd.device = torch.device("meta")
+    svd.park("vae")
+    assert svd.vae.moves == ["cpu"]
+    with pytest.raises(AttributeError):  # the stand-in cannot encode
+        svd.encode(image[None])
+    assert svd.vae.moves == ["cpu", "meta"]
