@@ -144,7 +144,7 @@ class Evaluation:
         self.cases = {f"{i}: {' '.join(case.reference.program)}": case for i, case in enumerate(drawn)}
         self.fingerprint = fingerprint(svd.unet)
         self._motions: dict[tuple[Case, Inversion], Motion] = {}
-        self._transferred: dict[Case, list[np.ndarray]] = {}
+        self._clips: dict[tuple[Case, int], tuple[Motion | None, list[np.ndarray]]] = {}
 
     def rng(self, *numbers: int) -> np.random.Generator:
         """A generator for the purpose that `numbers` stand for."""
@@ -239,17 +239,18 @@ class Evaluation:
         """`animate` for the targets of one motion."""
         return [self.animate(scene, motion, i) for i, scene in enumerate(scenes)]
 
-    def transferred(self, case: Case) -> list[np.ndarray]:
-        """The targets of a case under its learned motion, each uint8 [F, 3, H, W]; remembered."""
-        if case not in self._transferred:
-            self._transferred[case] = self.animate_all(case.targets, self.learn(case))
-        return self._transferred[case]
+    def clips(self, case: Case, motion: Motion | None) -> list[np.ndarray]:
+        """`animate_all` for the targets of a case; remembered for each motion object."""
+        key = case, id(motion)
+        if key not in self._clips:
+            self._clips[key] = motion, self.animate_all(case.targets, motion)  # a motion that is kept keeps its id
+        return self._clips[key][1]
 
     # ------------------------------------------------------------------------------------------ measures
 
     def errors(self, case: Case, motion: Motion | None) -> list[float]:
         """The motion error of each target of a case under an embedding."""
-        return clip_errors(self.animate_all(case.targets, motion), case.targets)
+        return clip_errors(self.clips(case, motion), case.targets)
 
     def losses(self, case: Case, motion: Motion | None) -> list[float]:
         """The model's loss on the true clip of each target of a case, under an embedding."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimti.evaluate import figures
 from minimti.evaluate.evaluation import (
@@ -24,7 +24,7 @@ from minimti.evaluate.evaluation import (
 )
 from minimti.evaluate.results import Result, Values
 from minimti.motion import NUM_TOKENS, Motion
-from minimti.networks.attention import TransformerBlock
+from minimti.networks.attention import CrossAttention, TransformerBlock
 from minimti.svd import SVD
 from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
@@ -46,14 +46,11 @@ def caption(evaluation: Evaluation) -> Result:
 
 def transfer(evaluation: Evaluation) -> Result:
     """Figures 1, 7, 8: motion transfer by motion-textual inversion, F + 1 sets of NUM_TOKENS tokens."""
-    errors, losses, rows = {}, {}, []
-    for name, case in evaluation.cases.items():
-        clips = evaluation.transferred(case)
-        errors[name] = clip_errors(clips, case.targets)
-        losses[name] = evaluation.losses(case, evaluation.learn(case))
-        rows += [render(case.reference), *clips[:2]]
+    rows = []
+    for case in evaluation.cases.values():
+        rows += [render(case.reference), *evaluation.clips(case, evaluation.learn(case))[:2]]
     figures.write_rows(evaluation.folder / "transfer.png", rows[: 3 * figures.MOTIONS])
-    return {"learned motion": {"error": errors, "loss": losses}}
+    return {"learned motion": judge(evaluation, evaluation.learn)}
 
 
 def baselines(evaluation: Evaluation) -> Result:
@@ -78,9 +75,10 @@ def flipped(evaluation: Evaluation) -> Result:
     rows = []
     for name, case in evaluation.cases.items():
         scenes = [flip(scene) for scene in case.targets]
-        clips = evaluation.animate_all(scenes, evaluation.learn(case))
+        motion = evaluation.learn(case)
+        clips = evaluation.animate_all(scenes, motion)
         answers[name] = [follows_mirrored(clip, scene) for clip, scene in zip(clips, scenes)]
-        rows += [evaluation.transferred(case)[0], clips[0]]
+        rows += [evaluation.clips(case, motion)[0], clips[0]]
     figures.write_rows(evaluation.folder / "flip.png", rows[: 2 * figures.MOTIONS])
     return {"mirrored targets": {"rate": answers}}
 
@@ -124,9 +122,8 @@ def appearance(evaluation: Evaluation) -> Result:
     """
     errors, plain_errors, colour_kept, shape_kept = {}, {}, {}, {}
     for name, case in evaluation.cases.items():
-        clips = evaluation.transferred(case)
+        clips, plain = evaluation.clips(case, evaluation.learn(case)), evaluation.clips(case, None)
         errors[name] = [colour_error(clip, scene) for clip, scene in zip(clips, case.targets)]
-        plain = evaluation.animate_all(case.targets, None)
         plain_errors[name] = [colour_error(clip, scene) for clip, scene in zip(plain, case.targets)]
         colour_kept[name] = [keeps_colour(clip, scene, case.reference) for clip, scene in zip(clips, case.targets)]
         shape_kept[name] = [keeps_shape(clip, scene, case.reference) for clip, scene in zip(clips, case.targets)]
@@ -231,7 +228,7 @@ def attention(evaluation: Evaluation) -> Result:
     rows = []
     for n in (1, NUM_TOKENS):
         motion = evaluation.learn(case, replace(evaluation.inversion(), num_tokens=n))
-        with AttentionMaps(evaluation.svd, motion) as maps:
+        with AttentionMaps(evaluation.svd) as maps:
             clip = evaluation.animate(case.targets[0], motion, 0)
         mean = maps.mean()  # [F, L, N]
         result[f"{n} token{'s' * (n > 1)}"] = {"deviation over positions": {name: [mean.std(1).mean().item()]}}
@@ -276,18 +273,18 @@ def shares_of(inversion: Inversion, shares: tuple[float, ...]) -> list[int]:
 
 
 class AttentionMaps:
-    """Records, while it is entered, how the positions of each frame attend to the tokens of a motion (equation 4).
+    """Records, between entering and leaving it, how the positions of each frame attend to their tokens (equation 4).
 
-    In the spatial cross-attentions of the UNet's finest level that has any, on the way up.
+    It looks at the conditional branch of guidance, in the spatial cross-attentions of `finest_blocks`.
     """
 
-    def __init__(self, svd: SVD, motion: Motion):
-        self.blocks = finest_blocks(svd)
-        self.tokens = motion.sets[0][0]  # [F, N, d]
-        self.maps: list[Tensor] = []
+    def __init__(self, svd: SVD):
+        self.num_frames = svd.config.num_frames
+        self.layers = [block.attn2 for block in finest_blocks(svd)]
+        self.maps: list[Tensor] = []  # [F, L, N] for each layer and sampling step
 
     def __enter__(self) -> "AttentionMaps":
-        self.hooks = [block.norm2.register_forward_hook(self._recorder(block)) for block in self.blocks]
+        self.hooks = [layer.register_forward_hook(self._record) for layer in self.layers]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -298,17 +295,11 @@ class AttentionMaps:
         """Attention weights [F, L, N], a mean over heads, layers and sampling steps; L positions, row by row."""
         return torch.stack(self.maps).mean(0)
 
-    def _recorder(self, block: TransformerBlock) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        cross = block.attn2
-
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> None:
-            x = x[-len(self.tokens) :]  # the conditional branch of guidance comes last
-            q = cross.to_q(x).unflatten(-1, (-1, cross.head_dim)).transpose(1, 2)  # [F, heads, L, d_a]
-            k = cross.to_k(self.tokens).unflatten(-1, (-1, cross.head_dim)).transpose(1, 2)  # [F, heads, N, d_a]
-            weights = (q @ k.transpose(-2, -1) * cross.head_dim**-0.5).softmax(-1)  # [F, heads, L, N]
-            self.maps.append(weights.mean(1))
-
-        return record
+    def _record(self, layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor], _: Tensor) -> None:
+        x, k, _ = (t[-self.num_frames :] for t in inputs)  # the batch of both branches ends with the conditional one
+        q = layer.split_heads(layer.to_q(x))  # [F, heads, L, head_dim]
+        weights = (q @ k.transpose(-2, -1) * layer.head_dim**-0.5).softmax(dim=-1)  # [F, heads, L, N]
+        self.maps.append(weights.mean(1))
 
 
 def finest_blocks(svd: SVD) -> list[TransformerBlock]:

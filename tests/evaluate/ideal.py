@@ -50,6 +50,7 @@ class IdealEvaluation(Evaluation):
         return self.meaning(habit_of(scene))
 
     def frame_embeddings(self, scene: Scene) -> Motion:
+        assert scene in [case.reference for case in self.cases.values()]
         return self.meaning((("still",) * 7, None))
 
     def snapshots(self, case, inversion, steps) -> list[Motion]:

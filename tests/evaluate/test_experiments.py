@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from ideal import habit_of, moved
 
 from minimti.evaluate import experiments
 from minimti.evaluate.evaluation import Evaluation, Settings, clip_error
 from minimti.evaluate.experiments import EXPERIMENTS
+from minimti.evaluate.figures import heat_maps
 from minimti.evaluate.results import summary
-from minimti.world.scene import flip, render
+from minimti.networks.attention import attention
+from minimti.world.scene import flip, habit, render
 from minimti.world.shapes import SHAPES
 
 PICTURES = ("transfer", "flip", "swap", "unconditional", "attention", "iterations")
@@ -71,10 +74,36 @@ def test_exchanged_embeddings_exchange_motions_where_the_model_obeys(ideal, obed
     assert mean(answers) == obedient
 
 
+def test_the_rate_of_swaps_is_that_of_the_shape_whose_habit_is_taken_over(ideal, monkeypatch):
+    """A model that does not move by the habit of one shape: the rate of this shape is 0."""
+    animate, ignored = ideal.animate, "airship"
+
+    def animate_but(scene, motion, index):
+        program, _ = ideal.movements[id(motion)]
+        return animate(scene, None if program == habit(ignored).program else motion, index)
+
+    ideal.settings = replace(ideal.settings, motions=8)
+    monkeypatch.setattr(ideal, "animate", animate_but)
+    rates = summary([EXPERIMENTS["swap"](ideal)["exchanged images"]["rate"]])["motions"]
+    assert rates.pop(ignored) == 0 and set(rates.values()) == {1}
+
+
 def test_appearance_is_kept_where_only_the_motion_is_transferred(ideal):
     found = EXPERIMENTS["appearance"](ideal)
     assert mean(found["learned motion"]["colour error"]) < 0.02 and mean(found["target's image"]["colour error"]) < 0.02
     assert mean(found["learned motion"]["colour kept"]) == mean(found["learned motion"]["shape kept"]) == 1
+
+
+def test_the_colour_of_plain_image_to_video_is_measured_on_its_own_clips(ideal, monkeypatch):
+    animate = ideal.animate
+
+    def animate_grey(scene, motion, index):
+        clip = animate(scene, motion, index)
+        return clip // 2 if motion is None else clip
+
+    monkeypatch.setattr(ideal, "animate", animate_grey)
+    found = EXPERIMENTS["appearance"](ideal)
+    assert mean(found["learned motion"]["colour error"]) < 0.02 and mean(found["target's image"]["colour error"]) > 0.3
 
 
 def test_appearance_finds_the_reference_in_a_clip(ideal):
@@ -103,17 +132,35 @@ def test_token_layouts_are_learned_as_they_are_called(ideal, monkeypatch):
     assert all(mean(row["error"]) < 0.2 for row in found.values())
 
 
-def test_attention_maps_are_the_weights_that_cross_attention_uses(random_svd, words, tmp_path):
-    """With the maps, equation 4 gives the output of the layer."""
+@torch.no_grad()
+def test_attention_maps_are_the_weights_of_the_conditional_branch(random_svd):
+    """With unit vectors as V, attention returns its weights."""
+    with experiments.AttentionMaps(random_svd) as maps:
+        layer = maps.layers[-1]
+        x, tokens = torch.randn(16, 9, 16), 3 * torch.randn(16, 5, 64)  # both branches of 8 frames, 9 positions
+        k, v = layer.keys_values(tokens)
+        layer(x, k, v)
+    weights = attention(layer.split_heads(layer.to_q(x)), k, torch.eye(5).expand(16, 1, 5, 5), few_scores=2**21)
+    assert torch.allclose(maps.mean(), weights[8:].mean(1), atol=1e-6) and weights.std() > 0.05
+
+
+def test_attention_is_recorded_in_every_step_and_not_afterwards(random_svd, words, tmp_path):
     evaluation = Evaluation(random_svd, words, 0, Settings(motions=1, targets=1), tmp_path)
     case = next(iter(evaluation.cases.values()))
     motion = evaluation.caption(case.reference)
-    with experiments.AttentionMaps(random_svd, motion) as maps:
+    with experiments.AttentionMaps(random_svd) as maps:
         evaluation.animate(case.targets[0], motion, 0)
-    assert len(maps.maps) == len(maps.blocks) * random_svd.config.num_steps
-    mean = maps.mean()
-    assert mean.shape == (8, 12 * 12, 7) and np.allclose(mean.sum(-1), 1, atol=1e-5)
-    assert mean.std() > 0.001
+    evaluation.animate(case.targets[0], motion, 0)
+    assert len(maps.layers) == 2 and len(maps.maps) == 2 * random_svd.config.num_steps
+    assert maps.mean().shape == (8, 12 * 12, 7)
+
+
+def test_heat_maps_are_light_where_a_token_is_attended_to():
+    weights = torch.zeros(3, 2 * 4, 2)  # frames, 2 rows of 4 positions, tokens
+    weights[:, 3, 1] = 1  # the upper right position, the second token
+    maps = heat_maps(weights, (64, 32))
+    assert maps.shape == (2, 3, 3, 32, 64) and maps[0].max() == 0
+    assert (maps[1, :, :, :4, -4:] == 255).all() and maps[1, :, :, 24:].max() == 0 and maps[1, ..., :32].max() == 0
 
 
 def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words, tmp_path):
