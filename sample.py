@@ -26,19 +26,17 @@ def parse():
     solvers = "heun evaluates the network twice a step, the others once (default: %(default)s)"
     sampling("--solver", choices=SOLVERS, default="euler", help=solvers)
     scale = cli.number(-1000, 1000)
-    sampling(
-        "--guidance", type=scale, nargs=2, metavar=("MIN", "MAX"), help="for first and last frame (default: 1 3)"
-    )
+    sampling("--guidance", type=scale, nargs=2, metavar=("MIN", "MAX"), help="for first and last frame (default: 1 3)")
 
     model = cli.add_model_arguments(parser, default_model="the embedding's, else auto").add_argument
     memory = "low: evaluate the two branches of guidance in turn, not as one batch (default: %(default)s)"
     model("--memory", choices=("balanced", "low"), default="balanced", help=memory)
 
     output = parser.add_argument_group("output").add_argument
-    output("--out", default=".", metavar="PATH", help="an .mp4 file for a single video, or a folder (default: this one)")
+    output("--out", default=".", metavar="PATH", help="an .mp4 file for one video, or a folder (default: this one)")
 
     advanced = cli.add_advanced_arguments(parser).add_argument
-    advanced("--fps", type=cli.integer(1, 1000), help="frames per second, of the conditioning and the file (default: 7)")
+    advanced("--fps", type=cli.integer(1, 1000), help="frames per second, conditioned on and of the file (default: 7)")
     advanced("--motion-bucket", type=cli.integer(0, 10**4), help="how much moves, 0..255 in training (default: 127)")
     advanced("--noise-aug", type=cli.number(0, 100), help="noise on the image before it is encoded (default: 0.02)")
     return parser.parse_args()
@@ -67,13 +65,15 @@ def main() -> None:
 
     import torch
 
-    from minimti import Motion, animate, read_image, write_clip
+    from minimti import Motion, animate, write_clip
+    from minimti.io.video import check_size, decode_image, fit
 
     motion = None if args.emb is None else Motion.load(args.emb)
     if not args.images and not (args.unconditional and motion):
         raise InputError("name an IMAGE to move (only --unconditional with --emb does without)")
     if args.unconditional and motion and len(args.images) > 1:
         raise InputError("--unconditional: an embedding makes the same video without any of the images; name one")
+    decoded = [decode_image(path) for path in args.images]  # before a model is looked for, which may mean a download
     if motion and args.model is None and motion.model not in MODELS:
         raise InputError(f"{args.emb}: made with a model called {motion.model!r}; pass its file or folder as --model")
     model = args.model if args.model is not None else motion.model if motion else "auto"
@@ -81,11 +81,12 @@ def main() -> None:
     config = checkpoint.config
     if motion:
         motion.check_fits(config)
-    size = args.size or (motion.size if motion else config.size)
-    images = [read_image(path, config, size=size) for path in args.images] or [torch.zeros(1, 3, *size[::-1])]
+    size = check_size(args.size or (motion.size if motion else config.size), config)
+    images = [fit(pixels, size) for pixels in decoded] or [torch.zeros(1, 3, *size[::-1])]
     paths = outputs(args, Path(args.emb).stem if motion else config.name)
 
-    overrides = {"fps_id": args.fps and args.fps - 1, "motion_bucket_id": args.motion_bucket, "cond_aug": args.noise_aug}
+    overrides = {"fps_id": args.fps and args.fps - 1, "motion_bucket_id": args.motion_bucket}
+    overrides["cond_aug"] = args.noise_aug
     micro = motion.micro if motion else config.micro
     micro = replace(micro, **{name: value for name, value in overrides.items() if value is not None})
 

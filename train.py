@@ -20,8 +20,8 @@ def parse():
 
     learning = parser.add_argument_group("learning").add_argument
     recipe = (
-        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps, a third of the error on tiny,"
-        " never tried on SVD (default: the model's; paper for svd, muon for tiny)"
+        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and a third of the error"
+        " on tiny, never tried on SVD (default: paper for svd, muon for tiny)"
     )
     learning("--recipe", choices=RECIPES, help=recipe)
     learning("--steps", type=cli.integer(0, 10**6), help="of the optimisation (default: the recipe's)")
@@ -68,7 +68,8 @@ def main() -> None:
     )
     began = time.perf_counter()
     svd = cli.load_model(args, checkpoint, device)
-    print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {time.perf_counter() - began:.1f} s")
+    seconds = time.perf_counter() - began
+    print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
 
     bars = cli.Bars()
     options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}

@@ -34,8 +34,8 @@ def denoise(network: Network, x: Tensor, sigma: Tensor) -> Tensor:
 def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
     """Equation 3 with lambda = (1 + sigma^2) / sigma^2, as a mean over all elements; x0, n [B, F, C, H, W], sigma [B].
 
-    With this weight the error of D on x0 equals the error of F on v = (n - sigma x0) / sqrt(1 + sigma^2). It is computed
-    on v, where nothing cancels at small or large sigma.
+    With this weight the error of D on x0 equals the error of F on v = (n - sigma x0) / sqrt(1 + sigma^2). It is
+    computed on v, where nothing cancels at small or large sigma.
     """
     sigma = _per_item(sigma, x0)
     _, _, c_in, c_noise = precondition(sigma)
@@ -44,7 +44,7 @@ def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
 
 
 def training_sigma(quantile: Tensor, p_mean: float, p_std: float, sigma_max: float) -> Tensor:
-    """Quantiles in [0,1] of the distribution ln(sigma) ~ N(p_mean, p_std^2) -> sigma at most sigma_max; fp32, same shape.
+    """Quantiles in [0,1] of ln(sigma) ~ N(p_mean, p_std^2) -> sigma, at most sigma_max; fp32, the same shape.
 
     Uniformly random quantiles draw from the distribution. Evenly spread ones cover it with fewer draws (Kingma et al.
     2021, "Variational diffusion models", I.1).
@@ -71,8 +71,8 @@ def guide(negative: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
 
 
 # Solvers of the probability flow ODE dx/dsigma = (x - D(x, sigma)) / sigma. They take unit noise n [B, F, C, H, W] and
-# sigmas [steps + 1] that end with 0, and yield x after each step; the last is the sample. The step to 0 is always Euler's:
-# it ends on D itself.
+# sigmas [steps + 1] that end with 0, and yield x after each step; the last is the sample. The step to 0 is always
+# Euler's: it ends on D itself.
 
 
 def euler(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
@@ -100,7 +100,8 @@ def heun(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
 def dpmpp_2m(denoiser: Denoiser, n: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
     """Order 2, one evaluation per step: DPM-Solver++(2M), Lu et al. 2022 algorithm 2, for alpha = 1.
 
-    Its time is lambda = -ln(sigma), and h is a step of it. D is extrapolated to the middle of a step from the step before.
+    Its time is lambda = -ln(sigma), and h is a step of it. D is extrapolated to the middle of a step from the step
+    before.
     """
     x = n * (1 + sigmas[0] ** 2).sqrt()
     before: tuple[Tensor, Tensor] | None = None  # D and h of the step before

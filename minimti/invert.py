@@ -1,4 +1,4 @@
-"""Motion-textual inversion: optimise the tokens of one motion on one clip, everything else frozen (paper 3.3 and B.2)."""
+"""Motion-textual inversion: optimise the tokens of one motion on one clip, everything else frozen (paper 3.3, B.2)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -123,9 +123,11 @@ def loss_and_gradient(svd: SVD, motion: Motion, view: View, sigma: Tensor, n: Te
 
 
 class TokenOptimizer(Protocol):
-    """Changes tokens in place. `torch_optimizer` holds all of its tensors."""
+    """Changes tokens in place."""
 
-    torch_optimizer: torch.optim.Optimizer
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """What holds all of its tensors: parameters and state."""
 
     def step(self, grad: Tensor) -> None:
         """One step along a gradient of the tokens' shape."""

@@ -22,7 +22,7 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 class Motion:
     """Learnt tokens, and what sampling needs of how they were learnt."""
 
-    tokens: Tensor  # fp32; [F + 1, N, d]: a set for every frame, then the temporal set. Or [1, N, d]: one for all (F' = 1)
+    tokens: Tensor  # fp32 [F + 1, N, d]: a set for every frame, then the temporal set; or [1, N, d]: one for all
     num_frames: int  # F
     model: str  # name in the configuration of the model
     micro: MicroConditioning
@@ -93,9 +93,7 @@ class Motion:
         return motion
 
 
-def initialise(
-    frame_embeddings: Tensor, num_tokens: int, generator: torch.Generator, *, shared_start: bool
-) -> Tensor:
+def initialise(frame_embeddings: Tensor, num_tokens: int, generator: torch.Generator, *, shared_start: bool) -> Tensor:
     """CLIP embeddings of the frames [F, d] -> tokens [F + 1, N, d].
 
     As in B.2 each frame's embedding is repeated N times, the mean serves as the temporal set, and every element gets
@@ -121,14 +119,15 @@ def _read(path: Path) -> dict:
 
 def _check(motion: Motion) -> None:
     """Raises TypeError or ValueError where a field has another type, or a number a value out of range."""
-    kinds = {"tokens": Tensor, "num_frames": int, "model": str, "size": tuple, "steps": int, "seed": int}
+    kinds = {"tokens": Tensor, "model": str, "size": tuple, "num_frames": int, "steps": int, "seed": int}
     for name, kind in kinds.items():
-        value = getattr(motion, name)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        if type(value := getattr(motion, name)) is not kind:
             raise TypeError(f"{name} is {value!r}")
     if len(motion.size) != 2 or not all(type(length) is int and 0 < length <= 8192 for length in motion.size):
         raise ValueError(f"size is {motion.size!r}")
-    if motion.tokens.dtype != torch.float32 or motion.tokens.ndim != 3 or motion.num_frames < 1:
+    if min(motion.num_frames - 1, motion.steps, motion.seed) < 0:
+        raise ValueError(f"{motion.num_frames} frames, {motion.steps} steps, seed {motion.seed}")
+    if motion.tokens.dtype != torch.float32 or motion.tokens.ndim != 3:
         raise ValueError(f"tokens of {motion.tokens.dtype} {tuple(motion.tokens.shape)}")
     for name, numbers in motion.fingerprint.items():
         if not isinstance(name, str) or not all(isinstance(number, float) for number in numbers):

@@ -84,7 +84,7 @@ class SharedMuon:
         self.tokens = tokens
         self.rows = tokens.view(-1, tokens.shape[-1])  # [sets N, d], the same memory
         self.shared = torch.zeros_like(tokens[0])  # [N, d]
-        groups = [{"params": [self.shared]}, {"params": [self.rows], "lr": PER_SET_LR_RATIO * lr}]
+        groups: list[dict] = [{"params": [self.shared]}, {"params": [self.rows], "lr": PER_SET_LR_RATIO * lr}]
         self.torch_optimizer = Muon(groups, lr, momentum=TOKEN_MOMENTUM)
         self.schedule = CosineAnnealingLR(self.torch_optimizer, steps)
 

@@ -105,7 +105,7 @@ def learn(
     seed        of all random draws
     memory      "fast", "balanced" or "low": how much a step keeps of the forward pass (networks/recompute.py), which
                 changes nothing else; default: the model's own
-    progress    called as the work goes on. An exception that it raises ends the work; the tokens are in Progress.motion.
+    progress    called as the work goes on. An exception that it raises ends the work; Progress.motion has the tokens.
     release     free networks for good after their last use here, instead of parking them on the CPU
 
     Raises FloatingPointError after a loss or gradient that is not finite.
@@ -143,9 +143,7 @@ def learn(
     return motion
 
 
-def _cached(
-    views: Callable[[int], View], count: int, progress: Callable[[Progress], None]
-) -> Callable[[int], View]:
+def _cached(views: Callable[[int], View], count: int, progress: Callable[[Progress], None]) -> Callable[[int], View]:
     """The first `count` views, made now; the steps take them in turn."""
     cached = []
     for index in range(count):
@@ -204,8 +202,9 @@ def animate(
         cond = cond.without_image()
     steps = steps or config.num_steps
     guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
-    x = n
+    latents = n
     for step, x in enumerate(svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], in_turn), start=1):
+        latents = x
         progress(Progress("sample", step, steps))
     svd.park("unet")
-    return to_uint8(svd.decode(x)[0])
+    return to_uint8(svd.decode(latents)[0])

@@ -123,25 +123,25 @@ class SVD(nn.Module):
 
         return F_theta
 
-    def denoiser(
-        self, cond: Conditioning, guidance: tuple[float, float], in_turn: bool = False
-    ) -> edm.Denoiser:
+    def denoiser(self, cond: Conditioning, guidance: tuple[float, float], in_turn: bool = False) -> edm.Denoiser:
         """D(x; sigma) with classifier-free guidance, a scale for the first frame and one for the last.
 
         The two branches are one batch or, for less memory, evaluated in turn.
         """
         scale = edm.guidance_scale(*guidance, num_frames=cond.concat.shape[1]).to(cond.concat)
         if in_turn:
-            negative, positive = self.network(cond.negative().without_tokens()), self.network(cond)
+            networks = self.network(cond.negative().without_tokens()), self.network(cond)
 
             def D(x: Tensor, sigma: Tensor) -> Tensor:
-                return edm.guide(edm.denoise(negative, x, sigma), edm.denoise(positive, x, sigma), scale)
+                negative, positive = (edm.denoise(network, x, sigma) for network in networks)
+                return edm.guide(negative, positive, scale)
         else:
             both = self.network(cond.negative().batched_with(cond))
 
             def D(x: Tensor, sigma: Tensor) -> Tensor:
                 estimates = edm.denoise(both, torch.cat([x, x]), torch.cat([sigma, sigma]))  # [2 B, F, z, h, w]
-                return edm.guide(*estimates.chunk(2), scale)
+                negative, positive = estimates.chunk(2)
+                return edm.guide(negative, positive, scale)
 
         return D
 
@@ -182,8 +182,9 @@ class SVD(nn.Module):
 
     def _fetch(self, name: str) -> None:
         network: nn.Module = getattr(self, name)
-        weight = next(network.parameters(), None)
-        if self.device is not None and weight is not None and weight.device != self.device:
+        if isinstance(network, _Released):
+            network()  # raises
+        if self.device is not None and next(network.parameters()).device != self.device:
             network.to(self.device)
 
 
@@ -194,8 +195,8 @@ class _Released(nn.Module):
         super().__init__()
         self.name = name
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def forward(self, *_: Tensor) -> NoReturn:
         raise RuntimeError(f"{self.name} was released to free its memory; load the model again to use it")
 
-    def forward(self, *_: Tensor) -> NoReturn:
-        self.__getattr__("forward")
+    def __getattr__(self, name: str) -> NoReturn:
+        self.forward()

@@ -26,12 +26,12 @@ def seeded(request):
 
 
 @pytest.fixture(scope="session")
-def small_svd():
-    """A model of reduced size with random weights. Tests must leave it as it is."""
-    from official import SMALL, fill_by_name
+def mini_svd():
+    """A model of two levels with random weights. Tests must leave it as it is."""
+    from official import MINI, fill_by_name
 
     from minimti.svd import SVD
 
     with torch.device("meta"):
-        svd = SVD(SMALL)
-    return fill_by_name(svd, SMALL, "").requires_grad_(False)
+        svd = SVD(MINI)
+    return fill_by_name(svd, MINI, "").requires_grad_(False)

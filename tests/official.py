@@ -40,6 +40,15 @@ SMALL = replace(
     image_encoder=ImageEncoderConfig(image_size=56, patch_size=14, width=64, layers=2, head_width=16, embed_dim=48),
 )
 
+# Two levels everywhere: for tests of the method, which run it many times.
+MINI = replace(
+    SMALL,
+    name="mini",
+    size=(48, 32),
+    unet=replace(SMALL.unet, channel_mult=(1, 2), attention_resolutions=(2, 1), num_res_blocks=1),
+    vae=replace(SMALL.vae, ch_mult=(1, 2), num_res_blocks=1),
+)
+
 
 def tensor_of(name: str, shape: tuple[int, ...]) -> Tensor:
     """The golden files' rule: a tensor follows from its official name (golden/README.md)."""

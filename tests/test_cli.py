@@ -82,7 +82,7 @@ def test_a_sample_is_the_video_asked_for(work):
         assert done.returncode == 0, done.stderr
     assert properties(work / "a.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
     assert (work / "a.mp4").read_bytes() == (work / "b.mp4").read_bytes()
-    frames, *_ = decode_clip(work / "a.mp4", 4)
+    frames, *_ = decode_clip(work / "a.mp4", 4, 0, None, 1)
     assert frames.float().std() > 1  # neither black nor flat
 
 
@@ -184,7 +184,8 @@ def test_the_unet_is_compiled_where_it_is_asked_for(work, call, monkeypatch, rea
 
 def test_the_embedded_model_says_what_it_was_trained_on(work, call):
     """Any video will do; the sizes and the number of steps are its own."""
-    code, out, error = call("train.py", "ref.mp4", "--model", "tiny", "--steps", "1", "--cache", "1", "--out", "tiny.pt")
+    args = ("ref.mp4", "--model", "tiny", "--steps", "1", "--cache", "1", "--out", "tiny.pt")
+    code, out, error = call("train.py", *args)
     assert code == 0, error
     assert MODELS["tiny"].note in out and "fitted to 64x64" in out
     code, out, error = call("sample.py", "img.png", "--emb", "tiny.pt", "--steps", "1", "--out", "tiny.mp4")
@@ -247,7 +248,8 @@ def test_an_embedding_of_other_weights_is_warned_of(work, call):
     motion = Motion.load(work / "m.pt")
     motion.fingerprint = {name: [number + 1 for number in numbers] for name, numbers in motion.fingerprint.items()}
     motion.save(work / "tuned.pt")
-    code, _, error = call("sample.py", "--emb", "tuned.pt", "img.png", "--out", "tuned.mp4", "--steps", "1", *SMALL_FILE)
+    args = ("--emb", "tuned.pt", "img.png", "--out", "tuned.mp4", "--steps", "1", *SMALL_FILE)
+    code, _, error = call("sample.py", *args)
     assert code == 0 and "sample.py: warning: the embedding was learnt on other weights of small" in error
 
 

@@ -5,26 +5,27 @@ from functools import partial
 
 import pytest
 import torch
-from official import SMALL
+from official import MINI
 
-from minimti import edm, invert as module
+from minimti import edm
+from minimti import invert as module
 from minimti.config import MODELS
 from minimti.invert import OPTIMIZERS, Recipe, draw, invert, loss_and_gradient, make_recipe, view
 from minimti.motion import Motion
 
-F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
+F, N, D = MINI.num_frames, 5, MINI.unet.context_dim
 ADAM = Recipe("adam", False, False, steps=1, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=0)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
 
 
 @pytest.fixture
 def motion() -> Motion:
-    return Motion(torch.randn(F + 1, N, D), F, SMALL.name, SMALL.micro, SMALL.size, steps=0, seed=0)
+    return Motion(torch.randn(F + 1, N, D), F, MINI.name, MINI.micro, MINI.size, steps=0, seed=0)
 
 
 @pytest.fixture
 def clip() -> torch.Tensor:
-    return torch.rand(F, 3, SMALL.size[1], SMALL.size[0]) * 2 - 1
+    return torch.rand(F, 3, MINI.size[1], MINI.size[0]) * 2 - 1
 
 
 def run(svd, clip, motion, recipe=ADAM, flip=True, **options) -> list[float]:
@@ -95,28 +96,28 @@ def test_sigma_has_the_mean_and_deviation_of_the_recipe():
     assert logs.mean().item() == pytest.approx(2.8, abs=0.02) and logs.std().item() == pytest.approx(1.6, abs=0.05)
 
 
-def test_sigma_is_clamped_to_the_largest_of_the_model(small_svd, motion, clip, monkeypatch):
+def test_sigma_is_clamped_to_the_largest_of_the_model(mini_svd, motion, clip, monkeypatch):
     seen = []
     loss = edm.loss
     monkeypatch.setattr(edm, "loss", lambda network, x0, sigma, n: seen.append(sigma) or loss(network, x0, sigma, n))
-    run(small_svd, clip, motion, replace(ADAM, p_mean=9.0, p_std=0.0))
-    assert seen[0].item() == SMALL.sigma_max
+    run(mini_svd, clip, motion, replace(ADAM, p_mean=9.0, p_std=0.0))
+    assert seen[0].item() == MINI.sigma_max
 
 
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-def test_views_differ_and_repeat(small_svd, motion, clip):
-    latents = [view(small_svd, clip, motion, True, index)[0] for index in (0, 1, 2, 0)]
+def test_views_differ_and_repeat(mini_svd, motion, clip):
+    latents = [view(mini_svd, clip, motion, True, index)[0] for index in (0, 1, 2, 0)]
     for i in range(3):
         for j in range(i):
             assert (latents[i] - latents[j]).norm() > 0.1 * latents[i].norm()
     assert torch.equal(latents[0], latents[3])
 
 
-def test_a_view_is_of_the_augmented_clip(small_svd, motion, clip, monkeypatch):
+def test_a_view_is_of_the_augmented_clip(mini_svd, motion, clip, monkeypatch):
     """Latents and conditioning come from the same augmentation, which mirrors only where it may."""
-    svd, changed, calls = small_svd, clip.flip(-1) / 2, []
+    svd, changed, calls = mini_svd, clip.flip(-1) / 2, []
     monkeypatch.setattr(module, "augment", lambda c, generator, flip: calls.append((c, flip)) or changed)
     motion.micro = replace(motion.micro, cond_aug=0.0)
     for flip in (True, False):
@@ -134,19 +135,19 @@ def test_no_two_draws_share_a_generator():
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
-def test_the_gradient_is_that_of_the_mean_loss(small_svd, motion, clip):
+def test_the_gradient_is_that_of_the_mean_loss(mini_svd, motion, clip):
     """Neither scaled by the number of elements, nor the temporal set's in place of a frame's."""
-    x0, cond = view(small_svd, clip, motion, False, 0)
+    x0, cond = view(mini_svd, clip, motion, False, 0)
     sigma, n = torch.tensor([1.5]), torch.randn(x0.shape)
-    loss, grad = loss_and_gradient(small_svd, motion, (x0, cond), sigma, n)
+    loss, grad = loss_and_gradient(mini_svd, motion, (x0, cond), sigma, n)
     tokens = motion.tokens.clone().requires_grad_()
-    plain = edm.loss(small_svd.network(replace(cond, spatial=tokens[None, :F], temporal=tokens[F:])), x0, sigma, n)
+    plain = edm.loss(mini_svd.network(replace(cond, spatial=tokens[None, :F], temporal=tokens[F:])), x0, sigma, n)
     (expected,) = torch.autograd.grad(plain, tokens)
     assert torch.allclose(loss, plain.detach()) and torch.allclose(grad, expected, rtol=1e-3, atol=1e-8)
     assert not loss.requires_grad and not grad.requires_grad
 
 
-def test_the_optimiser_is_handed_the_gradient_of_each_step(small_svd, motion, clip, monkeypatch):
+def test_the_optimiser_is_handed_the_gradient_of_each_step(mini_svd, motion, clip, monkeypatch):
     """Of that step's noise, sigma and view."""
     handed = []
 
@@ -158,26 +159,26 @@ def test_the_optimiser_is_handed_the_gradient_of_each_step(small_svd, motion, cl
             handed.append(grad.clone())
 
     monkeypatch.setitem(OPTIMIZERS, "adam", Spy)
-    losses = run(small_svd, clip, motion, replace(ADAM, steps=3))
+    losses = run(mini_svd, clip, motion, replace(ADAM, steps=3))
     for step in range(3):
-        seen = view(small_svd, clip, motion, True, step)
-        sigma, n = draw(ADAM, SMALL.sigma_max, 0, step, seen[0].shape)
-        loss, grad = loss_and_gradient(small_svd, motion, seen, sigma, n)
+        seen = view(mini_svd, clip, motion, True, step)
+        sigma, n = draw(ADAM, MINI.sigma_max, 0, step, seen[0].shape)
+        loss, grad = loss_and_gradient(mini_svd, motion, seen, sigma, n)
         assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
         assert torch.allclose(handed[step], grad, rtol=1e-4, atol=1e-9)
     assert handed[0].norm() < 1  # the mean's gradient, for latents of 2048 numbers
 
 
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
-def test_gradients_reach_every_token_and_no_weight(small_svd, motion, clip, recipe):
+def test_gradients_reach_every_token_and_no_weight(mini_svd, motion, clip, recipe):
     before = motion.tokens.clone()
-    assert len(run(small_svd, clip, motion, recipe)) == 1 and motion.steps == 1
+    assert len(run(mini_svd, clip, motion, recipe)) == 1 and motion.steps == 1
     assert ((motion.tokens - before).abs().amax(dim=-1) > 0).all()
-    assert all(parameter.grad is None for parameter in small_svd.parameters())
+    assert all(parameter.grad is None for parameter in mini_svd.parameters())
     assert not motion.tokens.requires_grad and motion.tokens.grad is None
 
 
-def test_adam_moves_at_its_rate_in_every_step(small_svd, motion, clip):
+def test_adam_moves_at_its_rate_in_every_step(mini_svd, motion, clip):
     """With a gradient that does not change, every step of Adam's is the rate, along every axis."""
     optimizer = OPTIMIZERS["adam"](motion.tokens, ADAM)
     gradient = torch.randn(motion.tokens.shape)
@@ -197,27 +198,27 @@ def test_the_rate_of_the_recipe_reaches_the_optimisers(motion):
         assert travelled[1] == pytest.approx(2 * travelled[0], rel=1e-3)
 
 
-def test_inversion_lowers_the_loss(small_svd, motion, clip):
+def test_inversion_lowers_the_loss(mini_svd, motion, clip):
     """On fixed noise, so that the two losses differ by the tokens alone."""
-    x0 = small_svd.encode(clip[None])
+    x0 = mini_svd.encode(clip[None])
     sigma, n = torch.tensor([1.0]), torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
 
     @torch.no_grad()
     def loss() -> float:
-        cond = small_svd.prepare(clip[:1], motion.sets, motion.micro, torch.Generator().manual_seed(6))
-        return edm.loss(small_svd.network(cond), x0, sigma, n).item()
+        cond = mini_svd.prepare(clip[:1], motion.sets, motion.micro, torch.Generator().manual_seed(6))
+        return edm.loss(mini_svd.network(cond), x0, sigma, n).item()
 
     before = loss()
-    run(small_svd, clip, motion, replace(ADAM, steps=25, lr=1.0, p_std=0.5), flip=False)
+    run(mini_svd, clip, motion, replace(ADAM, steps=25, lr=1.0, p_std=0.5), flip=False)
     assert motion.steps == 25
     assert loss() < 0.9 * before
 
 
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
-def test_inversion_is_reproducible(small_svd, motion, clip, recipe):
+def test_inversion_is_reproducible(mini_svd, motion, clip, recipe):
     def repeat(seed: int) -> tuple[list[float], torch.Tensor]:
         copy = replace(motion, tokens=motion.tokens.clone(), seed=seed)
-        return run(small_svd, clip, copy, replace(recipe, steps=2)), copy.tokens
+        return run(mini_svd, clip, copy, replace(recipe, steps=2)), copy.tokens
 
     (losses, tokens), (again, same), (other, _) = repeat(0), repeat(0), repeat(1)
     assert losses == again and torch.equal(tokens, same)
@@ -230,9 +231,9 @@ def test_inversion_is_reproducible(small_svd, motion, clip, recipe):
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
 @pytest.mark.parametrize("fetch_every", [1, 4, 100])
 @pytest.mark.parametrize("bad", [0, 2, 5])
-def test_a_fault_leaves_the_last_good_step(small_svd, motion, clip, monkeypatch, recipe, fetch_every, bad):
+def test_a_fault_leaves_the_last_good_step(mini_svd, motion, clip, monkeypatch, recipe, fetch_every, bad):
     """A gradient that is not finite in step `bad` of 6: whatever runs until it is noticed changes nothing."""
-    constant, gradients = view(small_svd, clip, motion, False, 0), torch.randn(6, *motion.tokens.shape)
+    constant, gradients = view(mini_svd, clip, motion, False, 0), torch.randn(6, *motion.tokens.shape)
     gradients[bad, 1, 2, 3] = torch.nan
 
     def planted(svd, motion, view, sigma, n):
@@ -240,40 +241,40 @@ def test_a_fault_leaves_the_last_good_step(small_svd, motion, clip, monkeypatch,
 
     monkeypatch.setattr(module, "loss_and_gradient", planted)
     good, steps = replace(motion, tokens=motion.tokens.clone()), iter(range(6))
-    iterator = invert(small_svd, lambda _: constant, good, replace(recipe, steps=6))
+    iterator = invert(mini_svd, lambda _: constant, good, replace(recipe, steps=6))
     for _ in range(bad):
         next(iterator)
     expected = good.tokens.clone()
 
     steps, yielded = iter(range(6)), []
     with pytest.raises(FloatingPointError, match=rf"step {bad + 1} \(sigma .*the tokens are those of step {bad}$"):
-        for loss in invert(small_svd, lambda _: constant, motion, replace(recipe, steps=6), fetch_every):
+        for loss in invert(mini_svd, lambda _: constant, motion, replace(recipe, steps=6), fetch_every):
             yielded.append(loss)
     assert torch.equal(motion.tokens, expected) and motion.steps == bad and yielded == [0.5] * bad
 
 
-def test_a_loss_that_is_not_finite_is_a_fault_too(small_svd, motion, clip, monkeypatch):
+def test_a_loss_that_is_not_finite_is_a_fault_too(mini_svd, motion, clip, monkeypatch):
     before = motion.tokens.clone()
     zero = torch.zeros_like(motion.tokens)
     monkeypatch.setattr(module, "loss_and_gradient", lambda *_: (torch.tensor(torch.inf), zero))
     with pytest.raises(FloatingPointError, match="step 1 "):
-        run(small_svd, clip, motion, MUON)
+        run(mini_svd, clip, motion, MUON)
     assert torch.equal(motion.tokens, before)
 
 
-def test_a_clip_that_is_not_finite_is_a_fault(small_svd, motion, clip):
+def test_a_clip_that_is_not_finite_is_a_fault(mini_svd, motion, clip):
     before = motion.tokens.clone()
     with pytest.raises(FloatingPointError, match=r"step 1 \(sigma .*, seed 0\) is not finite"):
-        run(small_svd, clip * float("nan"), motion)
+        run(mini_svd, clip * float("nan"), motion)
     assert torch.equal(motion.tokens, before)
 
 
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
-def test_late_fetching_changes_nothing_else(small_svd, motion, clip, recipe):
+def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, recipe):
     """Every loss arrives once and in order, and the tokens are the same."""
     results = []
     for fetch_every in (1, 3, 100):
         copy = replace(motion, tokens=motion.tokens.clone())
-        results.append((run(small_svd, clip, copy, replace(recipe, steps=4), fetch_every=fetch_every), copy.tokens))
+        results.append((run(mini_svd, clip, copy, replace(recipe, steps=4), fetch_every=fetch_every), copy.tokens))
     for losses, tokens in results[1:]:
         assert losses == results[0][0] and len(losses) == 4 and torch.equal(tokens, results[0][1])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from official import SMALL, fill_by_name, write_official
+from official import MINI, fill_by_name, write_official
 
 import minimti
 from minimti import edm, pipeline
@@ -24,31 +24,31 @@ from minimti.pipeline import Progress, animate, learn
 from minimti.svd import SVD
 
 ROOT = Path(__file__).resolve().parents[1]
-F = SMALL.num_frames
-RECIPE = replace(make_recipe(SMALL), steps=3, num_cached_views=2)
+F = MINI.num_frames
+RECIPE = replace(make_recipe(MINI), steps=3, num_cached_views=2)
 
 
 def build() -> SVD:
     with torch.device("meta"):
-        svd = SVD(SMALL)
-    return fill_by_name(svd, SMALL, "").requires_grad_(False)
+        svd = SVD(MINI)
+    return fill_by_name(svd, MINI, "").requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
     generator = torch.Generator().manual_seed(0)
-    frames = torch.rand(F, 3, SMALL.size[1], SMALL.size[0], generator=generator) * 2 - 1
-    return Clip(frames, fps=7.0, times=tuple(i / 7 for i in range(F)), source="random", source_size=SMALL.size)
+    frames = torch.rand(F, 3, MINI.size[1], MINI.size[0], generator=generator) * 2 - 1
+    return Clip(frames, fps=7.0, times=tuple(i / 7 for i in range(F)), source="random", source_size=MINI.size)
 
 
 @pytest.fixture(scope="module")
-def motion(small_svd, clip) -> minimti.Motion:
-    return learn(small_svd, clip, recipe=RECIPE, num_tokens=2)
+def motion(mini_svd, clip) -> minimti.Motion:
+    return learn(mini_svd, clip, recipe=RECIPE, num_tokens=2)
 
 
 def image(seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(1, 3, SMALL.size[1], SMALL.size[0], generator=generator) * 2 - 1
+    return torch.rand(1, 3, MINI.size[1], MINI.size[0], generator=generator) * 2 - 1
 
 
 # ------------------------------------------------------------------------------------------------------ the Python API
@@ -66,7 +66,7 @@ def test_the_ten_lines_of_the_readme_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "rocket.mp4"]
     assert minimti.Motion.load(tmp_path / "m.pt").steps == 2
-    frames, *_ = minimti.io.video.decode_clip(tmp_path / "rocket.mp4", 14)
+    frames, *_ = minimti.io.video.decode_clip(tmp_path / "rocket.mp4", 14, 0, None, 1)
     assert frames.shape == (14, 3, 64, 64) and frames.float().std() > 1
 
 
@@ -85,15 +85,15 @@ def test_every_public_name_resolves():
     for name in minimti.__all__:
         assert getattr(minimti, name).__name__ == name and name in dir(minimti)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        minimti.nothing
+        _ = minimti.nothing
 
 
 def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
     svd = minimti.load("tiny", device="cpu")
     assert svd.config == MODELS["tiny"] and svd.device == torch.device("cpu") and svd.dtype == torch.float32
-    path = write_official(tmp_path / "small.safetensors")
+    path = write_official(tmp_path / "mini.safetensors", MINI)
     half = minimti.load(str(path), device="cpu", dtype=torch.bfloat16)
-    assert half.config == SMALL and half.dtype == torch.bfloat16
+    assert half.config == MINI and half.dtype == torch.bfloat16
     assert next(half.vae.parameters()).dtype == torch.float32
     for device in ("cuda:99", "toaster", "meta"):
         with pytest.raises(InputError, match=f"device {device} is not available here; cpu always is"):
@@ -103,33 +103,33 @@ def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- learn
 
 
-def test_learning_gives_an_embedding_that_names_how_it_was_made(small_svd, clip, motion):
-    assert motion.tokens.shape == (F + 1, 2, SMALL.unet.context_dim) and not motion.tokens.requires_grad
-    assert (motion.num_frames, motion.model, motion.size) == (F, "small", SMALL.size)
-    assert (motion.steps, motion.seed, motion.micro) == (3, 0, SMALL.micro)
-    assert motion.fingerprint == fingerprint(small_svd.unet) != {}
+def test_learning_gives_an_embedding_that_names_how_it_was_made(mini_svd, clip, motion):
+    assert motion.tokens.shape == (F + 1, 2, MINI.unet.context_dim) and not motion.tokens.requires_grad
+    assert (motion.num_frames, motion.model, motion.size) == (F, "mini", MINI.size)
+    assert (motion.steps, motion.seed, motion.micro) == (3, 0, MINI.micro)
+    assert motion.fingerprint == fingerprint(mini_svd.unet) != {}
 
 
 @pytest.mark.parametrize("name", ["paper", "muon"])
-def test_tokens_start_from_the_embeddings_of_the_frames(small_svd, clip, name):
+def test_tokens_start_from_the_embeddings_of_the_frames(mini_svd, clip, name):
     with torch.no_grad():
-        embeddings = small_svd.embed(clip.frames)
+        embeddings = mini_svd.embed(clip.frames)
     generator = torch.Generator().manual_seed(4)
     expected = initialise(embeddings, 5, generator, shared_start=name == "muon")
-    motion = learn(small_svd, clip, recipe=name, steps=0, seed=4)
+    motion = learn(mini_svd, clip, recipe=name, steps=0, seed=4)
     assert motion.steps == 0 and torch.equal(motion.tokens, expected)
-    shared = learn(small_svd, clip, recipe=name, steps=0, seed=4, shared=True)
+    shared = learn(mini_svd, clip, recipe=name, steps=0, seed=4, shared=True)
     assert torch.equal(shared.tokens, expected[-1:]) and shared.num_frames == F
 
 
-def test_one_shared_set_is_learnt(small_svd, clip):
-    start, motion = (learn(small_svd, clip, recipe="muon", steps=steps, shared=True) for steps in (0, 2))
-    assert motion.tokens.shape == (1, 5, SMALL.unet.context_dim)
+def test_one_shared_set_is_learnt(mini_svd, clip):
+    start, motion = (learn(mini_svd, clip, recipe="muon", steps=steps, shared=True) for steps in (0, 2))
+    assert motion.tokens.shape == (1, 5, MINI.unet.context_dim)
     assert ((motion.tokens - start.tokens).abs().amax(dim=-1) > 0).all()
 
 
 @pytest.mark.parametrize("cached, expected", [(2, [0, 1]), (5, [0, 1, 2]), (0, [0, 1, 2])])
-def test_views_are_made_once_and_taken_in_turn(small_svd, clip, monkeypatch, cached, expected):
+def test_views_are_made_once_and_taken_in_turn(mini_svd, clip, monkeypatch, cached, expected):
     """As many as there are steps at most; without a cache one for every step."""
     made, used, view, invert = [], [], pipeline.view, pipeline.invert
 
@@ -142,23 +142,23 @@ def test_views_are_made_once_and_taken_in_turn(small_svd, clip, monkeypatch, cac
 
     monkeypatch.setattr(pipeline, "view", recorded)
     monkeypatch.setattr(pipeline, "invert", spied if cached else invert)
-    learn(small_svd, clip, recipe=replace(RECIPE, num_cached_views=cached))
+    learn(mini_svd, clip, recipe=replace(RECIPE, num_cached_views=cached))
     assert made == expected
     if cached:
         assert torch.equal(used[0], used[2]) is (cached == 2) and not torch.equal(used[0], used[1])
 
 
-def test_flip_reaches_the_views(small_svd, clip, monkeypatch):
+def test_flip_reaches_the_views(mini_svd, clip, monkeypatch):
     flips, view = [], pipeline.view
     monkeypatch.setattr(pipeline, "view", lambda *args: flips.append(args[3]) or view(*args))
     for flip in (True, False):
-        learn(small_svd, clip, recipe=RECIPE, steps=1, flip=flip)
+        learn(mini_svd, clip, recipe=RECIPE, steps=1, flip=flip)
     assert flips == [True, False]
 
 
-def test_progress_is_reported_step_by_step(small_svd, clip):
+def test_progress_is_reported_step_by_step(mini_svd, clip):
     events: list[Progress] = []
-    motion = learn(small_svd, clip, recipe=RECIPE, progress=events.append)
+    motion = learn(mini_svd, clip, recipe=RECIPE, progress=events.append)
     assert [(e.stage, e.step, e.steps) for e in events] == [
         ("encode", 1, 2),
         ("encode", 2, 2),
@@ -167,7 +167,7 @@ def test_progress_is_reported_step_by_step(small_svd, clip):
     assert events[2].loss is None and all(e.loss > 0 for e in events[3:]) and events[2].motion is motion
 
 
-def test_an_interrupted_inversion_leaves_the_tokens_of_its_last_step(small_svd, clip):
+def test_an_interrupted_inversion_leaves_the_tokens_of_its_last_step(mini_svd, clip):
     seen = []
 
     def stop(progress: Progress) -> None:
@@ -177,10 +177,10 @@ def test_an_interrupted_inversion_leaves_the_tokens_of_its_last_step(small_svd, 
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn(small_svd, clip, recipe=RECIPE, progress=stop)
+        learn(mini_svd, clip, recipe=RECIPE, progress=stop)
     halves = []
     learn(
-        small_svd,
+        mini_svd,
         clip,
         recipe=RECIPE,
         progress=lambda p: p.step == 2 and p.motion is not None and halves.append(p.motion.tokens.clone()),
@@ -191,20 +191,20 @@ def test_an_interrupted_inversion_leaves_the_tokens_of_its_last_step(small_svd, 
 # ------------------------------------------------------------------------------------------------------------- animate
 
 
-def test_a_video_is_the_sample_of_the_embedding(small_svd, motion):
+def test_a_video_is_the_sample_of_the_embedding(mini_svd, motion):
     """The solver run by hand on the conditioning of the image and the tokens gives the same pixels."""
-    video = animate(small_svd, motion, image(), seed=5)
-    assert video.shape == (F, 3, SMALL.size[1], SMALL.size[0]) and video.dtype == torch.uint8
+    video = animate(mini_svd, motion, image(), seed=5)
+    assert video.shape == (F, 3, MINI.size[1], MINI.size[0]) and video.dtype == torch.uint8
     generator = torch.Generator().manual_seed(5)
     with torch.inference_mode():
-        cond = small_svd.prepare(image(), motion.sets, motion.micro, generator)
+        cond = mini_svd.prepare(image(), motion.sets, motion.micro, generator)
         n = torch.randn(cond.concat.shape, generator=generator)
-        *_, x = small_svd.sample(cond, n, SMALL.num_steps, (1.0, 3.0))
-        pixels = small_svd.decode(x)[0]
+        *_, x = mini_svd.sample(cond, n, MINI.num_steps, (1.0, 3.0))
+        pixels = mini_svd.decode(x)[0]
     assert torch.equal(video, ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
-def test_every_argument_reaches_the_video(small_svd, motion):
+def test_every_argument_reaches_the_video(mini_svd, motion):
     variants = [
         {},
         {"steps": 2},
@@ -212,53 +212,53 @@ def test_every_argument_reaches_the_video(small_svd, motion):
         {"solver": "heun"},
         {"solver": "dpmpp-2m"},
         {"seed": 1},
-        {"micro": replace(SMALL.micro, motion_bucket_id=0)},
+        {"micro": replace(MINI.micro, motion_bucket_id=0)},
         {"unconditional": True},
         {"unconditional": True, "guidance": (1.0, 3.0)},
     ]
-    videos = [animate(small_svd, motion, image(), **variant) for variant in variants]
-    videos += [animate(small_svd, motion, image(2)), animate(small_svd, None, image())]
+    videos = [animate(mini_svd, motion, image(), **variant) for variant in variants]
+    videos += [animate(mini_svd, motion, image(2)), animate(mini_svd, None, image())]
     for i in range(len(videos)):
         assert not any(torch.equal(videos[i], videos[j]) for j in range(i)), i
-    assert torch.equal(videos[0], animate(small_svd, motion, image()))
-    assert (animate(small_svd, motion, image(), in_turn=True).int() - videos[0].int()).abs().max() <= 1
+    assert torch.equal(videos[0], animate(mini_svd, motion, image()))
+    assert (animate(mini_svd, motion, image(), in_turn=True).int() - videos[0].int()).abs().max() <= 1
 
 
-def test_unconditional_guidance_is_that_of_figure_6(small_svd, motion):
-    default = animate(small_svd, motion, image(), unconditional=True)
-    assert torch.equal(default, animate(small_svd, motion, image(), unconditional=True, guidance=(1.0, 10.0)))
+def test_unconditional_guidance_is_that_of_figure_6(mini_svd, motion):
+    default = animate(mini_svd, motion, image(), unconditional=True)
+    assert torch.equal(default, animate(mini_svd, motion, image(), unconditional=True, guidance=(1.0, 10.0)))
     other = replace(motion, micro=replace(motion.micro, cond_aug=0.0))
-    quiet = animate(small_svd, other, image(), unconditional=True)
-    assert torch.equal(quiet, animate(small_svd, other, image(2), unconditional=True))  # the image itself plays no part
+    quiet = animate(mini_svd, other, image(), unconditional=True)
+    assert torch.equal(quiet, animate(mini_svd, other, image(2), unconditional=True))  # the image itself plays no part
 
 
-def test_the_micro_conditioning_is_the_embeddings_own(small_svd, motion):
-    micro = replace(SMALL.micro, fps_id=11, motion_bucket_id=30)
-    own = animate(small_svd, replace(motion, micro=micro), image())
-    assert torch.equal(own, animate(small_svd, motion, image(), micro=micro))
-    assert not torch.equal(own, animate(small_svd, motion, image()))
+def test_the_micro_conditioning_is_the_embeddings_own(mini_svd, motion):
+    micro = replace(MINI.micro, fps_id=11, motion_bucket_id=30)
+    own = animate(mini_svd, replace(motion, micro=micro), image())
+    assert torch.equal(own, animate(mini_svd, motion, image(), micro=micro))
+    assert not torch.equal(own, animate(mini_svd, motion, image()))
 
 
-def test_without_an_embedding_the_image_moves_by_its_own(small_svd):
+def test_without_an_embedding_the_image_moves_by_its_own(mini_svd):
     events = []
     with torch.inference_mode():
-        spatial, temporal = small_svd.tokens_of(image(), F)
-    own = minimti.Motion(temporal, F, "small", SMALL.micro, SMALL.size, 0, 0)
-    plain = animate(small_svd, None, image(), progress=events.append)
-    assert torch.equal(plain, animate(small_svd, own, image()))
+        spatial, temporal = mini_svd.tokens_of(image(), F)
+    own = minimti.Motion(temporal, F, "mini", MINI.micro, MINI.size, 0, 0)
+    plain = animate(mini_svd, None, image(), progress=events.append)
+    assert torch.equal(plain, animate(mini_svd, own, image()))
     assert [(e.stage, e.step, e.steps) for e in events] == [("sample", step, 3) for step in (1, 2, 3)]
 
 
-def test_an_embedding_of_another_model_is_refused_and_one_of_other_weights_warned_of(small_svd, motion):
+def test_an_embedding_of_another_model_is_refused_and_one_of_other_weights_warned_of(mini_svd, motion):
     with pytest.raises(InputError, match="the embedding is for model 'other'"):
-        animate(small_svd, replace(motion, model="other"), image())
+        animate(mini_svd, replace(motion, model="other"), image())
     tuned = {name: [number + 0.5 for number in numbers] for name, numbers in motion.fingerprint.items()}
-    with pytest.warns(UserWarning, match="learnt on other weights of small"):
-        animate(small_svd, replace(motion, fingerprint=tuned), image(), steps=1)
+    with pytest.warns(UserWarning, match="learnt on other weights of mini"):
+        animate(mini_svd, replace(motion, fingerprint=tuned), image(), steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        animate(small_svd, motion, image(), steps=1)
-        animate(small_svd, replace(motion, fingerprint={}), image(), steps=1)  # of version 0.1.0
+        animate(mini_svd, motion, image(), steps=1)
+        animate(mini_svd, replace(motion, fingerprint={}), image(), steps=1)  # of version 0.1.0
 
 
 # ------------------------------------------------------------------------------------------------------------ together
@@ -297,38 +297,38 @@ def test_networks_that_a_step_does_not_need_are_parked(clip, motion, monkeypatch
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "low"])
-def test_memory_modes_learn_the_same(small_svd, clip, motion, memory):
-    other = learn(small_svd, clip, recipe=RECIPE, num_tokens=2, memory=memory)
+def test_memory_modes_learn_the_same(mini_svd, clip, motion, memory):
+    other = learn(mini_svd, clip, recipe=RECIPE, num_tokens=2, memory=memory)
     assert torch.allclose(other.tokens, motion.tokens, atol=1e-4)
 
 
-def test_training_and_sampling_condition_alike(small_svd, clip, monkeypatch, tmp_path):
+def test_training_and_sampling_condition_alike(mini_svd, clip, monkeypatch, tmp_path):
     """The inputs of the UNet in a training step, but noise, are those of sampling for the same image and draws."""
-    seen, states, forward, prepare = [], [], small_svd.unet.forward, small_svd.prepare
-    monkeypatch.setattr(small_svd.unet, "forward", lambda *args: seen.append(args) or forward(*args))
+    seen, states, forward, prepare = [], [], mini_svd.unet.forward, mini_svd.prepare
+    monkeypatch.setattr(mini_svd.unet, "forward", lambda *args: seen.append(args) or forward(*args))
     monkeypatch.setattr(invert_module, "augment", lambda clip, generator, flip: clip)
-    steps = []
+    starts = []
 
     def recorded(image, tokens, micro, generator):
         states.append(generator.get_state())
         return prepare(image, tokens, micro, generator)
 
-    monkeypatch.setattr(small_svd, "prepare", recorded)
-    learn(
-        small_svd,
-        clip,
-        recipe=replace(RECIPE, steps=1),
-        progress=lambda p: p.stage == "learn" and p.step == 0 and steps.append(replace(p.motion, tokens=p.motion.tokens.clone())),
-    )
-    steps[0].save(tmp_path / "m.pt")
+    monkeypatch.setattr(mini_svd, "prepare", recorded)
+
+    def keep(progress: Progress) -> None:
+        if progress.stage == "learn":
+            starts.append(replace(progress.motion, tokens=progress.motion.tokens.clone()))
+
+    learn(mini_svd, clip, recipe=replace(RECIPE, steps=1), progress=keep)
+    starts[0].save(tmp_path / "m.pt")
     start = minimti.Motion.load(tmp_path / "m.pt")
     generator = torch.Generator()
     generator.set_state(states[0])
     with torch.inference_mode():
         cond = prepare(clip.frames[:1], start.sets, start.micro, generator)
-        list(small_svd.sample(cond, torch.randn(cond.concat.shape), 1, (1.0, 3.0)))
+        list(mini_svd.sample(cond, torch.randn(cond.concat.shape), 1, (1.0, 3.0)))
     (x, _, micro, contexts), (both, _, both_micro, both_contexts) = seen
-    z = SMALL.vae.z_channels
+    z = MINI.vae.z_channels
     assert torch.equal(x[:, :, z:], both[1:, :, z:]) and (both[:1, :, z:] == 0).all()
     assert torch.equal(both_micro, micro.expand(2, -1))
     for training, sampling in zip(contexts, both_contexts):  # keys and values: the negative branch comes first
@@ -341,4 +341,4 @@ def test_no_solver_is_missing_on_the_command_line():
     from minimti.networks.recompute import MODES
 
     assert tuple(edm.SOLVERS) == tuple(SOLVERS) and tuple(MODES) == tuple(MEMORY_MODES)
-    assert all(make_recipe(SMALL, name) for name in RECIPES)
+    assert all(make_recipe(MINI, name) for name in RECIPES)

@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from official import SMALL, fill_by_name
+from official import MINI, fill_by_name
 
 from minimti import edm
 from minimti.svd import SVD, Conditioning
 
-F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
-LATENT = (SMALL.unet.out_channels, SMALL.size[1] // 8, SMALL.size[0] // 8)
+F, N, D = MINI.num_frames, 5, MINI.unet.context_dim
+LATENT = (MINI.unet.out_channels, MINI.size[1] // 2, MINI.size[0] // 2)
 
 
 @pytest.fixture
 def image() -> torch.Tensor:
-    return torch.rand(1, 3, SMALL.size[1], SMALL.size[0]) * 2 - 1
+    return torch.rand(1, 3, MINI.size[1], MINI.size[0]) * 2 - 1
 
 
 def tokens(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,32 +23,32 @@ def tokens(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def conditioning(svd: SVD, image: torch.Tensor) -> Conditioning:
-    return svd.prepare(image, tokens(), SMALL.micro, torch.Generator().manual_seed(1))
+    return svd.prepare(image, tokens(), MINI.micro, torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def test_a_batch_of_two_is_two_batches_of_one(small_svd):
+def test_a_batch_of_two_is_two_batches_of_one(mini_svd):
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
-    one_by_one = torch.cat([small_svd.vae.encode(pixels[:1]), small_svd.vae.encode(pixels[1:])])
-    assert torch.allclose(one_by_one, small_svd.vae.encode(pixels))
+    one_by_one = torch.cat([mini_svd.vae.encode(pixels[:1]), mini_svd.vae.encode(pixels[1:])])
+    assert torch.allclose(one_by_one, mini_svd.vae.encode(pixels))
     latents = torch.randn(2, F, *LATENT)
-    one_by_one = torch.cat([small_svd.decode(latents[:1]), small_svd.decode(latents[1:])])
-    assert torch.allclose(one_by_one, small_svd.decode(latents), atol=1e-5)
+    one_by_one = torch.cat([mini_svd.decode(latents[:1]), mini_svd.decode(latents[1:])])
+    assert torch.allclose(one_by_one, mini_svd.decode(latents), atol=1e-5)
 
 
 @torch.no_grad()
-def test_scaled_latents_are_raw_latents_times_the_scale(small_svd):
+def test_scaled_latents_are_raw_latents_times_the_scale(mini_svd):
     pixels = torch.rand(1, 2, 3, 64, 64) * 2 - 1
-    raw = small_svd.vae.moments(pixels[0]).chunk(2, dim=1)[0]
-    assert torch.allclose(small_svd.vae.encode(pixels[0]), raw, atol=1e-5)
-    assert torch.allclose(small_svd.encode(pixels)[0], 0.18215 * raw, atol=1e-5)
-    decoded = small_svd.vae.decoder(raw, num_frames=2)
-    assert torch.allclose(small_svd.decode(0.18215 * raw[None])[0], decoded, atol=1e-4)
+    raw = mini_svd.vae.moments(pixels[0]).chunk(2, dim=1)[0]
+    assert torch.allclose(mini_svd.vae.encode(pixels[0]), raw, atol=1e-5)
+    assert torch.allclose(mini_svd.encode(pixels)[0], 0.18215 * raw, atol=1e-5)
+    decoded = mini_svd.vae.decoder(raw, num_frames=2)
+    assert torch.allclose(mini_svd.decode(0.18215 * raw[None])[0], decoded, atol=1e-4)
 
 
 @torch.no_grad()
-def test_the_conditioning_of_an_image(small_svd, image):
-    svd, micro = small_svd, replace(SMALL.micro, cond_aug=0.0)
+def test_the_conditioning_of_an_image(mini_svd, image):
+    svd, micro = mini_svd, replace(MINI.micro, cond_aug=0.0)
     cond = svd.prepare(image, svd.tokens_of(image, F), micro, torch.Generator())
     assert torch.equal(cond.concat, svd.vae.encode(image)[:, None].expand(-1, F, -1, -1, -1))  # raw, not scaled
     assert cond.micro.tolist() == [[6, 127, 0]]
@@ -57,8 +57,8 @@ def test_the_conditioning_of_an_image(small_svd, image):
 
 
 @torch.no_grad()
-def test_noise_is_added_to_the_encoded_image_alone(small_svd, image):
-    svd, micro = small_svd, replace(SMALL.micro, cond_aug=0.5)
+def test_noise_is_added_to_the_encoded_image_alone(mini_svd, image):
+    svd, micro = mini_svd, replace(MINI.micro, cond_aug=0.5)
     clean = svd.tokens_of(image, F)
     noisy = svd.prepare(image, clean, micro, torch.Generator().manual_seed(2))
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(2))
@@ -66,8 +66,8 @@ def test_noise_is_added_to_the_encoded_image_alone(small_svd, image):
     assert torch.equal(noisy.spatial, clean[0]) and noisy.micro[0, 2] == 0.5
 
 
-def test_the_forms_of_a_conditioning(small_svd, image):
-    cond = conditioning(small_svd, image)
+def test_the_forms_of_a_conditioning(mini_svd, image):
+    cond = conditioning(mini_svd, image)
     alone = cond.without_image()
     assert (alone.concat == 0).all() and torch.equal(alone.spatial, cond.spatial)
     negative = cond.negative()
@@ -80,59 +80,59 @@ def test_the_forms_of_a_conditioning(small_svd, image):
 
 
 @torch.no_grad()
-def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(small_svd, image):
+def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(mini_svd, image):
     """Its own estimate is D(negative) + scale * (D(positive) - D(negative)), with the scale of each frame."""
-    cond, x, sigma = conditioning(small_svd, image), torch.randn(1, F, *LATENT), torch.tensor([2.0])
+    cond, x, sigma = conditioning(mini_svd, image), torch.randn(1, F, *LATENT), torch.tensor([2.0])
     zeroed = replace(cond, concat=cond.concat * 0, spatial=cond.spatial * 0, temporal=cond.temporal * 0)
-    negative, positive = (edm.denoise(small_svd.network(c), x, sigma) for c in (zeroed, cond))
+    negative, positive = (edm.denoise(mini_svd.network(c), x, sigma) for c in (zeroed, cond))
     for in_turn in (False, True):
-        estimate = small_svd.denoiser(cond, (0.0, 3.0), in_turn)(x, sigma)
+        estimate = mini_svd.denoiser(cond, (0.0, 3.0), in_turn)(x, sigma)
         for frame, scale in enumerate((0.0, 1.0, 2.0, 3.0)):
             expected = negative[0, frame] + scale * (positive[0, frame] - negative[0, frame])
             assert torch.allclose(estimate[0, frame], expected, atol=1e-4)
 
 
 @torch.no_grad()
-def test_sampling_starts_from_the_noise_at_the_largest_sigma(small_svd, image, monkeypatch):
+def test_sampling_starts_from_the_noise_at_the_largest_sigma(mini_svd, image, monkeypatch):
     """One Euler step from sigma_max to 0 ends on the first estimate, D(n sqrt(1 + sigma_max^2); sigma_max)."""
-    cond, n = conditioning(small_svd, image), torch.randn(1, F, *LATENT)
-    (x,) = small_svd.sample(cond, n, 1, (1.0, 3.0))
-    D_1 = small_svd.denoiser(cond, (1.0, 3.0))(n * (1 + 700**2) ** 0.5, torch.tensor([700.0]))
+    cond, n = conditioning(mini_svd, image), torch.randn(1, F, *LATENT)
+    (x,) = mini_svd.sample(cond, n, 1, (1.0, 3.0))
+    D_1 = mini_svd.denoiser(cond, (1.0, 3.0))(n * (1 + 700**2) ** 0.5, torch.tensor([700.0]))
     assert torch.allclose(x, D_1, rtol=1e-3, atol=1e-3 * D_1.abs().max().item())
 
 
 @torch.no_grad()
-def test_tokens_are_projected_once_per_sample(small_svd, image, monkeypatch):
+def test_tokens_are_projected_once_per_sample(mini_svd, image, monkeypatch):
     projected, evaluated = [], []
-    project, forward = small_svd.unet.project_tokens, small_svd.unet.forward
-    monkeypatch.setattr(small_svd.unet, "project_tokens", lambda *tokens: projected.append(1) or project(*tokens))
-    monkeypatch.setattr(small_svd.unet, "forward", lambda *args: evaluated.append(1) or forward(*args))
-    list(small_svd.sample(conditioning(small_svd, image), torch.randn(1, F, *LATENT), 4, (1.0, 3.0)))
+    project, forward = mini_svd.unet.project_tokens, mini_svd.unet.forward
+    monkeypatch.setattr(mini_svd.unet, "project_tokens", lambda *tokens: projected.append(1) or project(*tokens))
+    monkeypatch.setattr(mini_svd.unet, "forward", lambda *args: evaluated.append(1) or forward(*args))
+    list(mini_svd.sample(conditioning(mini_svd, image), torch.randn(1, F, *LATENT), 4, (1.0, 3.0)))
     assert (len(projected), len(evaluated)) == (1, 4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_sample_that_is_not_finite_names_its_step(small_svd, image, monkeypatch, steps):
+def test_a_sample_that_is_not_finite_names_its_step(mini_svd, image, monkeypatch, steps):
     n = torch.full((1, F, *LATENT), torch.inf)
     with pytest.raises(FloatingPointError, match=rf"step 1 of {steps} \(sigma 700\)"):
-        list(small_svd.sample(conditioning(small_svd, image), n, steps, (1.0, 3.0)))
+        list(mini_svd.sample(conditioning(mini_svd, image), n, steps, (1.0, 3.0)))
 
 
 @torch.no_grad()
-def test_a_fault_in_the_last_step_is_found(small_svd, image):
+def test_a_fault_in_the_last_step_is_found(mini_svd, image):
     def solver(D, n, sigmas):
         yield n
         yield n * torch.nan
 
     with pytest.raises(FloatingPointError, match="step 2 of 2"):
-        list(small_svd.sample(conditioning(small_svd, image), torch.randn(1, F, *LATENT), 2, (1.0, 3.0), solver))
+        list(mini_svd.sample(conditioning(mini_svd, image), torch.randn(1, F, *LATENT), 2, (1.0, 3.0), solver))
 
 
 def build() -> SVD:
     with torch.device("meta"):
-        svd = SVD(SMALL)
-    return fill_by_name(svd, SMALL, "")
+        svd = SVD(MINI)
+    return fill_by_name(svd, MINI, "")
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""What a computation costs, found from shapes alone: nothing is allocated and nothing is multiplied."""
+"""The cost of a computation, found from shapes alone: nothing is allocated and nothing is multiplied."""
 
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-# NVIDIA's figures for an A100 of 80 GB
+# NVIDIA's figures for an A100 with 80 GB.
 A100_FLOPS = 312e12  # per second, bf16 with fp32 accumulation
 A100_BANDWIDTH = 2.0e12  # bytes per second
 
@@ -26,7 +27,7 @@ def _cpu_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, *
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-# Not every version of PyTorch that we run on has formulas for the attention of its CPU.
+# Some supported versions of PyTorch have no FLOP formulas for fused attention on a CPU.
 FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
@@ -34,27 +35,30 @@ FORMULAS = flop_registry | {
 
 
 @dataclass(frozen=True)
-class Price:
+class Cost:
     weights_gib: float  # parameters and buffers
-    peak_gib: float  # largest sum of live tensors, weights included; what an allocator wastes comes on top
-    tflop: float  # of matrix products, convolutions and attention
-    traffic_tb: float  # read and written by the operators, each by itself: nothing is fused, no cache helps
+    peak_gib: float  # largest sum of live tensors, weights included; an allocator needs more
+    tflop: float  # matrix products, convolutions and attention
+    traffic_tb: float  # read and written by the operators, each counted alone: no fusion, no cache
 
     @property
     def roofline_s(self) -> float:
-        """Seconds on an A100 if it only computed, or only moved memory, at its peak. A lower bound, no forecast.
+        """Seconds on an A100 that only computes, or only moves memory, at its peak rate: a bound, not a forecast.
 
-        Only fusion, or a cache larger than its 40 MB, could beat the memory's share of it.
+        The memory part can be beaten only by fused operators or by a cache (an A100 has 40 MB).
         """
         return max(self.tflop * 1e12 / A100_FLOPS, self.traffic_tb * 1e12 / A100_BANDWIDTH)
 
 
-def price(build: Callable[[], tuple[nn.Module | Tensor, ...]], step: Callable) -> Price:
-    """Price of step(*build()): modules and tensors, made on the CPU, and what is done with them.
+def estimate_cost(build: Callable[[], tuple[Any, ...]], step: Callable[..., Any]) -> Cost:
+    """The cost of step(*build()).
 
-    The step cannot look at values, and must not run under `inference_mode`, which hides what composite operators are
-    made of; `no_grad` does not. FLOPs are by torch's formulas, yet not by its FlopCounterMode: that holds on to tensors
-    which recomputation would have dropped, and so could not share a run with the peak.
+    build  returns modules and tensors, all on the CPU; what it does itself is not counted
+    step   must not depend on the values of tensors, and must not run under `torch.inference_mode`, which hides the
+           parts of composite operators (`torch.no_grad` does not)
+
+    FLOPs follow torch's formulas. Its FlopCounterMode is not used, because it keeps references to tensors that
+    recomputation would free, so the same run could not measure the peak.
     """
     with FakeTensorMode(), torch.device("cpu"):
         state = build()
@@ -66,16 +70,16 @@ def price(build: Callable[[], tuple[nn.Module | Tensor, ...]], step: Callable) -
         meter.hold(*(item for item in state if isinstance(item, Tensor)))
         with meter:
             step(*state)
-    return Price(weights / 2**30, meter.peak / 2**30, meter.flops / 1e12, meter.traffic / 1e12)
+    return Cost(weights / 2**30, meter.peak / 2**30, meter.flops / 1e12, meter.traffic / 1e12)
 
 
 class _Meter(TorchDispatchMode):
-    """Sees every operator, and every storage from its making until nothing refers to it any more."""
+    """Counts every operator, and every storage from its creation until the last reference to it is gone."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.held: set[int] = set()  # storages by id
-        self.live, self.peak, self.traffic = 0, 0, 0  # bytes
+        self.live = self.peak = self.traffic = 0  # bytes
         self.flops = 0
 
     def hold(self, *tensors: Tensor) -> None:
@@ -94,8 +98,8 @@ class _Meter(TorchDispatchMode):
         results = op(*args, **(kwargs or {}))
         read, written = _tensors((args, kwargs)), _tensors(results)
         self.hold(*written)
-        known = {id(tensor.untyped_storage()) for tensor in read}
-        is_view = all(id(tensor.untyped_storage()) in known for tensor in written) and not op._schema.is_mutable
+        inputs = {id(tensor.untyped_storage()) for tensor in read}
+        is_view = all(id(tensor.untyped_storage()) in inputs for tensor in written) and not op._schema.is_mutable
         if not is_view:
             self.traffic += sum(tensor.nbytes for tensor in read + written)
         if op.overloadpacket in FORMULAS:
@@ -103,5 +107,5 @@ class _Meter(TorchDispatchMode):
         return results
 
 
-def _tensors(values) -> list[Tensor]:
+def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

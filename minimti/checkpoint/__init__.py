@@ -1,0 +1,1 @@
+"""Official weight files: finding, downloading, reading them, and telling them apart."""

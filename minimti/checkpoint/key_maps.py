@@ -1,8 +1,8 @@
-"""The two layouts of official weight files: which of their tensors is which of ours.
+"""The names of tensors in the two layouts of official weight files.
 
 The single file (`svd.safetensors`, `svd_xt.safetensors`) has the names of Stability's code; the folder has those of
-diffusers and transformers. The networks here use the diffusers names (the CLIP tower: open_clip's), and
-`official_source` and `folder_source` say, for every tensor of ours, what it is made of.
+diffusers and transformers. The networks here use the names of diffusers (the image encoder: those of open_clip).
+`official_source` and `folder_source` map each tensor of the networks to the tensors of the file that it is made from.
 """
 
 import re
@@ -14,22 +14,22 @@ from torch import Tensor
 
 from minimti.config import SVDConfig
 
-# Tensors of the single file that stay behind, and why.
+# Prefixes of tensors in the single file that are not loaded, and why.
 OFFICIAL_DROPS = {
-    "conditioner.embedders.0.open_clip.model.ln_final.": "CLIP's text tower, of which only leftovers are there",
+    "conditioner.embedders.0.open_clip.model.ln_final.": "CLIP's text tower, incomplete in the file, not used by SVD",
     "conditioner.embedders.0.open_clip.model.logit_scale": "the same",
     "conditioner.embedders.0.open_clip.model.positional_embedding": "the same",
     "conditioner.embedders.0.open_clip.model.text_projection": "the same",
     "conditioner.embedders.0.open_clip.model.token_embedding.": "the same",
-    "conditioner.embedders.3.encoder.decoder.": "decodes single images; clips have the temporal decoder",
+    "conditioner.embedders.3.encoder.decoder.": "decodes single images; clips use the temporal decoder",
     "conditioner.embedders.3.encoder.post_quant_conv.": "belongs to that decoder",
-    "first_stage_model.encoder.": "a second copy of the encoder; serves where the conditioner's is missing",
+    "first_stage_model.encoder.": "a second copy of the encoder; used only where the conditioner's is missing",
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one tensor of ours comes from: `build` makes it of the file's tensors `names`, each of shape `shape`."""
+    """How one tensor of a network is made: `build` takes the file's tensors `names`, each of shape `shape`."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -40,7 +40,10 @@ class Source:
 
 
 def official_source(key: str, shape: tuple[int, ...], config: SVDConfig) -> Source:
-    """The source in the single file of our tensor `key` of shape `shape`; a key begins with its network's name."""
+    """The source in the single file of the tensor `key`, of shape `shape`, in `SVD.state_dict()`.
+
+    A key begins with the name of its network: "unet.", "vae." or "image_encoder.".
+    """
     network, name = key.split(".", 1)
     if network == "unet":
         return Source(("model.diffusion_model." + _official_unet(name, config),), shape)
@@ -48,13 +51,15 @@ def official_source(key: str, shape: tuple[int, ...], config: SVDConfig) -> Sour
         return Source(("conditioner.embedders.0.open_clip.model.visual." + name,), shape)
     prefix = "first_stage_model." if name.startswith("decoder.") else "conditioner.embedders.3.encoder."
     official = prefix + _official_vae(name, config)
-    if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", official):  # a 1x1 convolution where we have a linear layer
+    if re.search(
+        r"attn_1\.(q|k|v|proj_out)\.weight", official
+    ):  # a 1x1 convolution there, a linear layer here: [out, in]
         return Source((official,), (*shape, 1, 1), lambda weight: weight[:, :, 0, 0])
     return Source((official,), shape)
 
 
 def _substitute(name: str, table: dict[str, str]) -> str:
-    """Applies the first rule whose pattern stands in the name."""
+    """Applies the first rule of {pattern: replacement} whose pattern occurs in the name."""
     for pattern, replacement in table.items():
         name, count = re.subn(pattern, replacement, name)
         if count:
@@ -90,8 +95,11 @@ _UNET_TRANSFORMER = {
 
 
 def _official_unet(name: str, config: SVDConfig) -> str:
-    """The official code keeps one flat list per direction: an entry is a res block, with its transformer and, on the
-    way up, with the upsampling behind it; on the way down the resampling is an entry of its own."""
+    """The official code has one flat list of entries per direction, input_blocks and output_blocks.
+
+    An entry is a list: a res block, then its transformer if it has one, then, in the last entry of a level on the way
+    up, the upsampling. On the way down, downsampling is an entry of its own.
+    """
     n, levels = config.unet.num_res_blocks, len(config.unet.channel_mult)
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
     if match is None:
@@ -130,7 +138,7 @@ _VAE_ENDS = {
 
 
 def _official_vae(name: str, config: SVDConfig) -> str:
-    """The official decoder counts its levels from the finest, so the one that runs first has the highest number."""
+    """The official decoder numbers its levels from the finest: the level that runs first has the highest number."""
     if match := re.match(r"decoder\.up_blocks\.(\d+)\.(.*)", name):
         rest = match[2].replace("resnets.", "block.").replace("upsamplers.0.", "upsample.")
         name = f"decoder.up.{len(config.vae.ch_mult) - 1 - int(match[1])}.{rest}"
@@ -143,7 +151,7 @@ def _official_vae(name: str, config: SVDConfig) -> str:
 
 # ---------------------------------------------------------------------------------------------- the diffusers layout
 
-_CLIP_NAMES = {
+_IMAGE_ENCODER = {
     r"^class_embedding$": "embeddings.class_embedding",
     r"^positional_embedding$": "embeddings.position_embedding.weight",
     r"^conv1\.": "embeddings.patch_embedding.",
@@ -158,14 +166,18 @@ _CLIP_NAMES = {
 
 
 def folder_source(key: str, shape: tuple[int, ...], config: SVDConfig) -> Source:
-    """The source in the diffusers folder of our tensor `key`; a name is preceded by its folder and a slash."""
+    """The source in the diffusers folder of the tensor `key`, of shape `shape`, in `SVD.state_dict()`.
+
+    The names of the source begin with the folder of their file and a slash, as in `find.folder_paths`.
+    """
     network, name = key.split(".", 1)
     if network != "image_encoder":
         return Source((f"{network}/{name}",), shape)
     if name == "proj":
+        # A matrix [in, out] here, the weight [out, in] of a linear layer there.
         return Source(("image_encoder/visual_projection.weight",), shape[::-1], lambda weight: weight.T.contiguous())
-    theirs = "image_encoder/vision_model." + _substitute(name, _CLIP_NAMES)
-    if "{}" in theirs:  # open_clip keeps queries, keys and values in one matrix
+    theirs = "image_encoder/vision_model." + _substitute(name, _IMAGE_ENCODER)
+    if "{}" in theirs:  # open_clip has one matrix [3 width, width] for queries, keys and values
         names = tuple(theirs.format(part) for part in "qkv")
         return Source(names, (shape[0] // 3, *shape[1:]), lambda *parts: torch.cat(parts))
     return Source((theirs,), shape)

@@ -1,4 +1,8 @@
-"""Reads official weight files and fills a module with them, strictly."""
+"""Reads official weight files and fills a module with them, strictly.
+
+Every tensor of a file is used or is listed in OFFICIAL_DROPS; a missing, unknown or differently shaped one is an error
+that names it. The caller builds the module, on the meta device, so no weight is initialised before it is replaced.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,12 +21,24 @@ from minimti.io.files import InputError, require_file
 
 
 def sources(module: nn.Module, source: Callable[..., Source], config: SVDConfig, prefix: str = "") -> dict[str, Source]:
-    """Our tensors by name, each with its source. `prefix` names the network where `module` is one of the three."""
+    """The tensors of a module by their names in it, each with its source in a weight file.
+
+    `source` is `official_source` or `folder_source`. `prefix` is "unet.", "vae." or "image_encoder." where `module` is
+    one of the three networks, and empty where it is the whole SVD.
+    """
     return {key: source(prefix + key, tuple(tensor.shape), config) for key, tensor in module.state_dict().items()}
 
 
 def check(wanted: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: Iterable[str], where: str) -> None:
-    """Raises InputError unless tensors of `shapes` are all those wanted, and beside it only `drops` (prefixes)."""
+    """Compares the tensors that a module needs with those that a file has.
+
+    wanted  from `sources`
+    shapes  of the file's tensors by name
+    drops   prefixes of the names that the file may have in addition
+    where   the file, for the message
+
+    Raises InputError, naming up to three tensors, where some are missing, unknown or of other shapes.
+    """
     expected = {name: source.shape for source in wanted.values() for name in source.names}
     missing = sorted(expected.keys() - shapes.keys())
     unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.startswith(tuple(drops)))
@@ -34,15 +50,21 @@ def check(wanted: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: 
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Replaces the parameters of a module on the meta device, one by one, so that nothing is held twice."""
+    """Replaces the parameters of a module by name, frozen.
+
+    It takes the tensors one by one, so a generator that reads them from a file keeps none in memory twice.
+    """
     for key, tensor in tensors:
         owner, _, name = key.rpartition(".")
         setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """For the weight of a convolution, channels innermost: its output inherits that, down to the last layer, and then
-    no transformer and no layer over time has to copy its input."""
+    """The layout in which a weight is stored: channels last for 2D convolutions, unchanged for anything else.
+
+    The output of a convolution inherits the layout, through all layers, and then no transformer and no layer over time
+    has to copy its input.
+    """
     return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
 
 
@@ -50,12 +72,13 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 class _Tensors:
-    """The tensors of safetensors files, by mmap: {prefix: path} gives them the names prefix + their own.
+    """The tensors of safetensors files, read by mmap.
 
-    Raises InputError where a file is not of this format.
+    `paths` maps a prefix to each file; a tensor's name is this prefix and its name in the file. Raises InputError where
+    a file is missing or not in this format.
     """
 
-    REOPEN_BYTES = 2**28  # pages read through a mapping count as this process's memory until it is closed
+    REOPEN_BYTES = 2**28  # pages read through a mapping count as this process's memory until the mapping is closed
 
     def __init__(self, paths: dict[str, Path]):
         self.paths = paths
@@ -73,8 +96,9 @@ class _Tensors:
                 raise InputError(f"{path}: not a complete safetensors file ({error})") from error
 
     def read(self, names: Iterable[tuple[str, ...]]) -> Iterator[list[Tensor]]:
-        """The tensors of each tuple of names, views of the mapping where they stay as they are."""
-        handles, read = {}, 0
+        """The tensors of each tuple of names, as views of the mapping: keep none of them without a copy."""
+        handles: dict[Path, safe_open] = {}
+        read = 0
         prefix_of = {path: prefix for prefix, path in self.paths.items()}
         for group in names:
             if read > self.REOPEN_BYTES:
@@ -99,16 +123,17 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """The checkpoint of a name in MODELS, of a single file, or of a diffusers folder; see `locate`.
+    """The checkpoint of a name in MODELS, of a single file, or of a diffusers folder; see `find.locate`.
 
-    Raises InputError where there is none, or none that can be read.
+    Its configuration is the one in the file's metadata, else that of the official model. Raises InputError where there
+    is no such file or it cannot be read.
     """
     path, config = locate(model)
     tensors = _Tensors(folder_paths(path) if path.is_dir() else {"": path})
     if "config" in tensors.metadata:
         try:
             config = from_json(tensors.metadata["config"])
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path}: the configuration in its metadata cannot be read ({error})") from error
     return Checkpoint(path, config, tensors)
 
@@ -116,9 +141,10 @@ def open_checkpoint(model: str) -> Checkpoint:
 def load_into(
     svd: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> None:
-    """Fills an SVD on the meta device: UNet and image encoder in `dtype`, the VAE in `vae_dtype`, frozen, on `device`.
+    """Fills an SVD that is on the meta device, and leaves it frozen, in evaluation mode, on `device`.
 
-    Raises InputError where the files do not hold exactly the tensors of the model.
+    UNet and image encoder get `dtype`, the VAE gets `vae_dtype`. Raises InputError where the files do not hold exactly
+    the tensors of the model.
     """
     path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.tensors
     made: dict[str, Tensor] = {}
@@ -134,7 +160,7 @@ def load_into(
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(wanted.items(), tensors.read(s.names for s in wanted.values())):
             tensor, kind = source.build(*parts), vae_dtype if key.startswith("vae.") else dtype
-            # A copy even where nothing changes: a view would keep its part of the file in memory.
+            # A copy even where device and dtype are the same: a view would keep its part of the file in memory.
             yield key, tensor.to(device, kind, copy=True, memory_format=memory_format(tensor))
         for key, tensor in made.items():
             yield key, tensor.to(device, vae_dtype)
@@ -144,8 +170,11 @@ def load_into(
 
 
 def _without_conditioner(wanted: dict[str, Source], config: SVDConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
-    """Where the file lacks the conditioner's encoder, the first stage's serves. Its moments come straight from its
-    last convolution, so our quant_conv becomes the identity."""
+    """The sources, and tensors that are made instead, for a file without the encoder of its conditioner.
+
+    The encoder of its first stage is used in its place. That one has no quant_conv: its moments are the output of its
+    last convolution, so our quant_conv becomes the identity.
+    """
     moments = 2 * config.vae.z_channels
     made = {"vae.quant_conv.weight": torch.eye(moments)[:, :, None, None], "vae.quant_conv.bias": torch.zeros(moments)}
     old, new = "conditioner.embedders.3.encoder.encoder.", "first_stage_model.encoder."

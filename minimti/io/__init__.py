@@ -1,0 +1,1 @@
+"""Clips and images, and files that appear whole or not at all."""

@@ -1,74 +1,223 @@
-"""Clips and images, read and written."""
+"""Clips and images, read and written.
+
+`read_clip` and `read_image` give what the networks take: fp32 in [-1,1], at the model's size. They call `decode_clip`
+and `decode_image` (uint8, at the file's own size), then `fit`.
+"""
 
 import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
+from minimti.config import SVDConfig
 from minimti.io.files import InputError, atomic_write, require_file
 
+TimedFrame = tuple[float, av.VideoFrame]  # seconds since the file's first frame, and the frame
+SAME_TIME = 1e-6  # seconds: times are fractions in the file and are compared as floats
 
-def read_clip(path: str | Path, num_frames: int, start: float, stride: int) -> Tensor:
-    """The first frame at or after `start` seconds and every stride-th one from there: uint8 [num_frames, 3, H, W].
 
-    Raises InputError where the file is missing, holds no video, or ends too early.
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video at a model's size, and where they come from."""
+
+    frames: Tensor  # fp32 [F, 3, H, W] in [-1,1]
+    fps: float  # of these frames, which are not always neighbours in the file
+    times: tuple[float, ...]  # at which the F frames are shown, in seconds since the file's first frame
+    source: str  # path of the file
+    source_size: tuple[int, int]  # width, height of the upright frames in the file, in pixels
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_clip(
+    path: str | Path,
+    config: SVDConfig,
+    *,
+    num_frames: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
+) -> Clip:
+    """The frames that `decode_clip` chooses, fitted to `size`.
+
+    num_frames   F, at least 1; by default the model's
+    start, end   seconds from the first frame of the file, at least 0
+    stride       at least 1
+    size         (width, height) in pixels; by default the model's
+
+    Raises InputError as `decode_clip` does, and for a size that the networks cannot halve often enough.
+    """
+    size = check_size(size or config.size, config)
+    frames, times, fps = decode_clip(path, num_frames or config.num_frames, start, end, stride)
+    source_size = (frames.shape[-1], frames.shape[-2])
+    return Clip(fit(frames, size), fps, times, str(path), source_size)
+
+
+def read_image(path: str | Path, config: SVDConfig, *, size: tuple[int, int] | None = None) -> Tensor:
+    """fp32 [1, 3, H, W] in [-1,1], fitted to `size` = (width, height), by default the model's.
+
+    Raises InputError as `decode_image` does, and for a size that the networks cannot halve often enough.
+    """
+    return fit(decode_image(path), check_size(size or config.size, config))
+
+
+def check_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
+    """(width, height) as it is. Raises InputError where the networks cannot halve such a picture often enough."""
+    multiple = config.size_multiple
+    if any(not 0 < length <= 8192 or length % multiple for length in size):
+        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {multiple}")
+    return size
+
+
+def decode_clip(
+    path: str | Path, num_frames: int, start: float, end: float | None, stride: int
+) -> tuple[Tensor, tuple[float, ...], float]:
+    """Chooses F = num_frames frames of a video.
+
+    Without `end`, these are the first frame at or after `start` seconds and every stride-th one from there. With `end`,
+    F times are spread evenly over [start, end], both included, and each gives the frame shown then: the last one at or
+    before it. Where the file has fewer frames in this interval, some of them repeat. Returns
+
+    frames   uint8 [F, 3, H, W], upright, at the size of the file
+    times    of the F frames, in seconds since the file's first frame; with `end`, the evenly spread ones
+    fps      (F - 1) / (times[-1] - times[0]); for a single frame the file's average rate
+
+    Raises InputError where the file is missing, holds no video, has frames of several sizes or ends too early, and
+    where `end` is not after `start` or is combined with a stride other than 1.
     """
     path = require_file(path)
-    frames, decoded = [], 0
+    if end is not None and stride != 1:
+        raise InputError(f"--stride {stride}: with --end, the frames are spread evenly over the time; leave one out")
+    if end is not None and end <= start:
+        raise InputError(f"--end {end:g}: must be later than the start, {start:g} s")
+    frames: list[Tensor] = []
+    times: list[float] = []
+    with _opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 1)  # some files give no average, a few give neither
+        timed = _timed_frames(container, stream, start, rate)
+        if end is None:
+            chosen = _strided(path, timed, num_frames, start, stride)
+        else:
+            chosen = _spread(path, timed, num_frames, start, end, rate)
+        for time, frame in chosen:
+            upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones film sideways
+            frames.append(torch.from_numpy(upright.copy()).permute(2, 0, 1))  # [3, H, W]
+            times.append(time)
+            if frames[-1].shape != frames[0].shape:
+                raise InputError(f"{path}: its frames change their size; cut it to a part of one size")
+    span = times[-1] - times[0]
+    return torch.stack(frames), tuple(times), (num_frames - 1) / span if span > 0 else rate
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A file and its first video stream. Failures of decoding in the block, too, become an InputError."""
     try:
         with av.open(f"file:{path}") as container:  # a colon in a bare name would be a protocol
             if not container.streams.video:
                 raise InputError(f"{path}: has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            origin = float((stream.start_time or 0) * stream.time_base)
-            if start > 0:
-                container.seek(int((origin + start) / stream.time_base), stream=stream)  # to the key frame before
-            for frame in container.decode(stream):
-                if frame.time is not None and frame.time - origin < start - 1e-6:
-                    continue
-                if decoded % stride == 0:
-                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones film sideways
-                    frames.append(torch.from_numpy(upright.copy()).permute(2, 0, 1))
-                    if frames[-1].shape != frames[0].shape:
-                        raise InputError(f"{path}: its frames change their size; cut it to a part of one size")
-                decoded += 1
-                if len(frames) == num_frames:
-                    return torch.stack(frames)
+            yield container, stream
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as a video ({error})") from error
+
+
+def _timed_frames(container: InputContainer, stream: VideoStream, start: float, rate: float) -> Iterator[TimedFrame]:
+    """All frames from the last key frame before `start` to the end of the file.
+
+    A raw stream has no times: its frames are counted from `start`, at `rate` per second.
+    """
+    time_base = stream.time_base or Fraction(1, av.time_base)
+    origin = float((stream.start_time or 0) * time_base)
+    if start > 0:
+        container.seek(int((origin + start) / time_base), stream=stream)
+    for index, frame in enumerate(container.decode(stream)):
+        yield start + index / rate if frame.time is None else frame.time - origin, frame
+
+
+def _strided(
+    path: Path, timed: Iterator[TimedFrame], num_frames: int, start: float, stride: int
+) -> Iterator[TimedFrame]:
+    """From the first frame at or after `start`, every stride-th one. Raises InputError where there are too few."""
+    needed = (num_frames - 1) * stride + 1
+    available = 0
+    for time, frame in timed:
+        if time < start - SAME_TIME:
+            continue
+        if available % stride == 0:
+            yield time, frame
+        available += 1
+        if available == needed:
+            return
     raise InputError(
-        f"{path}: {num_frames} frames at stride {stride} from {start:g} s need {(num_frames - 1) * stride + 1} frames,"
-        f" but only {decoded} are there; start earlier, or lower --stride or --frames"
+        f"{path}: {num_frames} frames at stride {stride} from {start:g} s need {needed} frames,"
+        f" but only {available} are there; start earlier, or lower --stride or --frames"
     )
 
 
-def read_image(path: str | Path) -> Tensor:
-    """uint8 [1, 3, H, W], upright; transparency is laid over white. Raises InputError where it is not an image."""
+def _spread(
+    path: Path, timed: Iterator[TimedFrame], num_frames: int, start: float, end: float, rate: float
+) -> Iterator[TimedFrame]:
+    """The frames shown at evenly spread times, with these times. Raises InputError where the file ends before `end`."""
+    times = deque(start + (end - start) * i / max(num_frames - 1, 1) for i in range(num_frames))
+    shown: av.VideoFrame | None = None
+    until = 0.0  # the end of the last frame so far
+    for time, frame in timed:
+        while shown and times and times[0] < time - SAME_TIME:
+            yield times.popleft(), shown
+        if not times:
+            return
+        shown, until = frame, time + 1 / rate
+    if shown is None or end > until + SAME_TIME:
+        raise InputError(f"{path}: ends at {until:.3f} s, before --end {end:g}; choose an earlier end")
+    for time in times:
+        yield time, shown
+
+
+def decode_image(path: str | Path) -> Tensor:
+    """uint8 [1, 3, H, W], upright; transparency is laid over white.
+
+    Raises InputError where the file is missing, is not an image, or has more than 8 bits per channel.
+    """
     path = require_file(path)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of large images, of odd metadata
-            if image.mode[0] in "IF":  # more than 8 bits, in a range that the file does not tell
-                raise InputError(f"{path}: is an image of mode {image.mode}; convert it to 8 bits per channel")
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about large images and odd metadata
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":  # more than 8 bits, in a range that the file does not give
+                    raise InputError(f"{path}: is an image of mode {image.mode}; convert it to 8 bits per channel")
+                upright = ImageOps.exif_transpose(image).convert("RGBA")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
-    white = Image.new("RGBA", image.size, "white")
-    pixels = np.array(Image.alpha_composite(white, image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    white = Image.new("RGBA", upright.size, "white")
+    pixels = np.array(Image.alpha_composite(white, upright).convert("RGB"))  # [H, W, 3]
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W]
+
+
+# ---------------------------------------------------------------------------------------------- value domains
 
 
 def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [F, 3, H, W] -> fp32 [F, 3, height, width] in [-1,1] for size = (width, height).
+    """uint8 [F, 3, H, W] -> fp32 [F, 3, height, width] in [-1,1], for size = (width, height) in pixels.
 
-    The largest central part of the wanted shape, resized: one rule for references and targets.
+    Crops to the largest central part of the wanted aspect ratio, then resizes (bicubic, antialiased). References and
+    images to animate go through the same function.
     """
     width, height = size
     have_h, have_w = frames.shape[-2:]
@@ -78,17 +227,23 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.clamp(0, 255) / 127.5 - 1
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
-    """[-1,1] (clamped), of any shape -> uint8 on the CPU."""
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[-1,1] (clamped), of any shape, dtype and device -> uint8 0..255 of the same shape on the CPU."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
-def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
-    """[F, 3, H, W] in [-1,1] (clamped) -> an H.264 mp4 that browsers play: yuv420p, BT.709, near-lossless, index first.
+# ---------------------------------------------------------------------------------------------- writing
 
-    The same clip gives the same bytes. Width and height must be even.
+
+def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
+    """uint8 [F, 3, H, W] -> an mp4 that browsers play: H.264, yuv420p, BT.709, near-lossless, index first.
+
+    H and W must be even. The same video gives the same bytes. Raises ValueError for any other tensor, InputError where
+    the file cannot be written.
     """
-    frames = to_bytes(clip).permute(0, 2, 3, 1).numpy()
+    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or video.shape[2] % 2 or video.shape[3] % 2:
+        raise ValueError(f"a video is uint8 [F, 3, H, W] with even H and W, not {video.dtype} {list(video.shape)}")
+    frames = video.cpu().permute(0, 2, 3, 1).numpy()  # [F, H, W, 3]
     with atomic_write(path) as part, av.open(f"file:{part}", "w", options={"movflags": "+faststart"}) as container:
         # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
         options = {"crf": "12", "mbtree": "0"}
@@ -106,10 +261,10 @@ def write_clip(path: str | Path, clip: Tensor, fps: float) -> None:
 def strip(clips: Tensor) -> Tensor:
     """Clips [R, F, 3, H, W] in [-1,1] (clamped) -> one picture, uint8 [R H, F W, 3]: a row each, time to the right."""
     rows, frames, channels, height, width = clips.shape
-    return to_bytes(clips).permute(0, 3, 1, 4, 2).reshape(rows * height, frames * width, channels)
+    return to_uint8(clips).permute(0, 3, 1, 4, 2).reshape(rows * height, frames * width, channels)  # [R H, F W, 3]
 
 
 def write_strip(path: str | Path, clips: Tensor) -> None:
-    """The picture of `strip` as a PNG."""
+    """The picture of `strip` as a PNG. Raises InputError where the file cannot be written."""
     with atomic_write(path) as part:
         Image.fromarray(strip(clips).numpy()).save(part)

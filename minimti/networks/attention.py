@@ -14,11 +14,11 @@ from minimti.networks.layers import Blend, TimestepEmbedding, add_owned, module_
 from minimti.networks.recompute import Checkpointed
 
 FEW_SCORES = 2**21  # entries of Q K^T that fit in the cache of a CPU
-SLICE_BYTES = 2**25  # of the hidden layer of a feed-forward, where it is computed in slices
+SLICE_BYTES = 2**25  # hidden layer that a feed-forward computes at once, where it goes in slices
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, few_scores: int = FEW_SCORES) -> Tensor:
-    """softmax(Q K^T / sqrt(d_a)) V, the paper's equation 4 for one set of heads.
+    """softmax(Q K^T / sqrt(d_a)) V, the paper's equation 4, for all heads at once.
 
     q [batch, heads, L, d_a], k and v [batch, heads, N, d_a] -> [batch, heads, L, d_a].
 

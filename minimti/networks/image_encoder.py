@@ -5,20 +5,25 @@ open_clip's own class. Its embedding of an image is the token of plain image-to-
 inversion starts from.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimti.config import ImageEncoderConfig
 
-# Of the RGB values in [0,1] that CLIP was trained on.
+if TYPE_CHECKING:
+    from open_clip.transformer import VisionTransformer
+
+# Mean and deviation of RGB values in [0,1], by which CLIP normalises.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def build(config: ImageEncoderConfig) -> nn.Module:
+def build(config: ImageEncoderConfig) -> "VisionTransformer":
     """open_clip's VisionTransformer: CLIP-normalised [B, 3, S, S] -> embeddings [B, embed_dim], not of unit length."""
-    from open_clip.transformer import VisionTransformer  # here, as it is slow to import
+    from open_clip.transformer import VisionTransformer  # here because it is slow to import
 
     return VisionTransformer(
         image_size=config.image_size,

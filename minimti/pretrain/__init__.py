@@ -1,0 +1,1 @@
+"""Trains the embedded model `tiny` on the procedural world, in the stages in which SVD was made."""

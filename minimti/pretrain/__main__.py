@@ -1,26 +1,44 @@
 """Pre-trains the embedded model on the procedural world:  python -m minimti.pretrain"""
 
+import argparse
 from pathlib import Path
 
 from minimti import cli
 from minimti.checkpoint.find import WEIGHTS
 from minimti.config import MODELS
-from minimti.pretrain.run import NAMES, pretrain
+from minimti.pretrain.run import DEFAULT, pretrain
+
+NAMES = [stage.name for stage in DEFAULT.stages]
 
 
-def parse():
-    parser = cli.Parser(prog="python -m minimti.pretrain", description=__doc__.splitlines()[0])
+def parse() -> argparse.Namespace:
+    """The command line's options."""
+    parser = cli.Parser(
+        prog="python -m minimti.pretrain", description="Pre-trains the embedded model on the procedural world."
+    )
     add = parser.add_argument
-    add("--run", default="runs/tiny", metavar="FOLDER", help="where it saves and goes on (default: %(default)s)")
-    add("--out", default=str(WEIGHTS / "tiny"), metavar="FOLDER", help="of the model (default: weights/tiny)")
-    add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
+    add(
+        "--run",
+        default="runs/tiny",
+        metavar="FOLDER",
+        help="where the run saves its state, and resumes from it (default: %(default)s)",
+    )
+    add("--out", default=str(WEIGHTS / "tiny"), metavar="FOLDER", help="where the model goes (default: weights/tiny)")
+    add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="of all random numbers (default: %(default)s)")
     add("--scale", type=cli.number(1e-6, 100), default=1.0, help="multiplies the steps of all stages (default: 1)")
-    stages = f"of {', '.join(NAMES)} (default: all); without the first they go on with the model in --out"
-    add("--stages", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=stages)
+    add(
+        "--stages",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="NAME",
+        help=f"any of {', '.join(NAMES)} (default: all); without the first, the model in --out is trained further",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run the command line."""
     args = parse()
     pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale, args.stages)
 

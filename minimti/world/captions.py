@@ -1,4 +1,4 @@
-"""Captions: the words of the procedural world as tokens of the embedded model."""
+"""Captions of the procedural world as tokens: a learned embedding of the words of a program."""
 
 import json
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from minimti.io.files import InputError, atomic_write, require_file
 from minimti.world.scene import WORDS, Program
 
-NUM_SLOTS = 7  # words of a caption
+NUM_SLOTS = 7  # words in a caption
 
 
-class Words(nn.Module):
-    """A caption is NUM_SLOTS tokens: what happens, add_owned when."""
+class CaptionEmbedding(nn.Module):
+    """Embeds a caption as NUM_SLOTS tokens of width d: each is the embedding of its word plus that of its slot."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -24,41 +24,51 @@ class Words(nn.Module):
         self.slot = nn.Embedding(NUM_SLOTS, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Indices into WORDS [B, NUM_SLOTS] -> tokens [B, NUM_SLOTS, d]."""
+        """Indices into WORDS, int64 [B, NUM_SLOTS] -> tokens [B, NUM_SLOTS, d]."""
         return self.word(ids) + self.slot.weight
 
 
 def word_ids(programs: Sequence[Program]) -> Tensor:
-    """[B, NUM_SLOTS] indices into WORDS. Raises ValueError where a program is longer, shorter or of other words."""
+    """Programs -> indices into WORDS, int64 [B, NUM_SLOTS].
+
+    Raises ValueError for a program that does not have NUM_SLOTS words, or an unknown word.
+    """
     ids = torch.tensor([[WORDS.index(word) for word in program] for program in programs])
     if ids.shape[1:] != (NUM_SLOTS,):
         raise ValueError(f"a caption has {NUM_SLOTS} words")
     return ids
 
 
-def caption_tokens(words: Words, programs: Sequence[Program], num_frames: int) -> tuple[Tensor, Tensor]:
-    """Captions as `SVD.prepare` takes tokens: spatial [B, F, NUM_SLOTS, d], temporal [B, NUM_SLOTS, d]; all alike."""
+def caption_tokens(words: CaptionEmbedding, programs: Sequence[Program], num_frames: int) -> tuple[Tensor, Tensor]:
+    """Captions as the tokens that `SVD.prepare` takes: spatial [B, F, NUM_SLOTS, d], temporal [B, NUM_SLOTS, d].
+
+    Every frame has the same tokens, and so has the temporal set. Raises ValueError as `word_ids` does.
+    """
     temporal = words(word_ids(programs))
     return temporal[:, None].expand(-1, num_frames, -1, -1), temporal
 
 
-def save(words: Words, path: Path) -> None:
+def save(words: CaptionEmbedding, path: Path) -> None:
+    """Write a safetensors file with the vocabulary in its metadata. Raises InputError if it cannot be written."""
     with atomic_write(path) as part:
         save_file(words.state_dict(), part, {"words": json.dumps(WORDS)})
 
 
-def load(path: Path) -> Words:
-    """Reads a file of `save`, frozen. Raises InputError where it is none, or its words are not those of the world."""
+def load(path: Path) -> CaptionEmbedding:
+    """Read a file written by `save`; the module is frozen.
+
+    Raises InputError if the file is missing, is of another kind, or has another vocabulary than WORDS.
+    """
     try:
         with safe_open(require_file(path), framework="pt") as file:
-            known = tuple(json.loads(file.metadata()["words"]))
+            vocabulary = tuple(json.loads(file.metadata()["words"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        words = Words(tensors["word.weight"].shape[1])
+        words = CaptionEmbedding(tensors["word.weight"].shape[1])
         words.load_state_dict(tensors)
     except InputError:
         raise
-    except Exception as error:  # whatever another file holds
+    except Exception as error:  # a file of another kind can raise anything
         raise InputError(f"{path}: holds no words written by minimti.pretrain") from error
-    if known != WORDS:
-        raise InputError(f"{path}: its words are not those of the world: {', '.join(known)}")
+    if vocabulary != WORDS:
+        raise InputError(f"{path}: its words are not those of the world: {', '.join(vocabulary)}")
     return words.requires_grad_(False)

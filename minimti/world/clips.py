@@ -1,4 +1,4 @@
-"""Clips of the procedural world as pre-training and the experiments draw them."""
+"""The distributions of clips that pre-training and the experiments draw from, and the sizes that they support."""
 
 from dataclasses import replace
 
@@ -12,22 +12,23 @@ from minimti.world.captions import NUM_SLOTS
 from minimti.world.scene import MIN_SIDE, Scene, habit, random_scene, render
 from minimti.world.shapes import SHAPES
 
-PAIRS, CAMERAS = 0.05, 0.1  # share of the captioned clips with two sprites, and with the camera's words
+PAIR_SHARE = 0.05  # captioned scenes with two sprites
+CAMERA_SHARE = 0.1  # captioned scenes whose program may contain camera words
 
 
 def pixels(frames: np.ndarray) -> Tensor:
-    """uint8 -> fp32 in [-1,1]."""
+    """Images of any shape, uint8 -> fp32 in [-1,1]."""
     return torch.from_numpy(frames).float() / 127.5 - 1
 
 
 def captioned_scene(rng: np.random.Generator, config: SVDConfig) -> Scene:
-    """Any program, sometimes with two sprites, sometimes with a moving camera."""
-    pair, camera = rng.random(2) < (PAIRS, CAMERAS)
+    """A scene with a random program, of the model's size and number of frames."""
+    pair, camera = rng.random(2) < (PAIR_SHARE, CAMERA_SHARE)
     return random_scene(rng, config.size[::-1], config.num_frames, num_sprites=1 + pair, camera=camera)
 
 
 def habitual_scene(rng: np.random.Generator, config: SVDConfig) -> Scene:
-    """A sprite left alone: its shape says how it moves."""
+    """A scene in which a single sprite follows the habit of its shape: its first frame determines the motion."""
     shape = str(rng.choice(SHAPES))
     own = habit(shape, NUM_SLOTS)
     size = config.size[::-1]
@@ -38,31 +39,31 @@ SCENES = {"captions": captioned_scene, "habits": habitual_scene}
 
 
 def first_frame(scene: Scene) -> np.ndarray:
-    """uint8 [3, H, W]."""
+    """The first frame of a scene: uint8 [3, H, W]."""
     return render(replace(scene, num_frames=2, program=("still",)))[0]
 
 
 def check_sizes(config: SVDConfig) -> None:
-    """Raises InputError, with the reason, where such a model cannot be pre-trained on the world."""
+    """Raises InputError, with the reason, if a model with this configuration cannot be pre-trained on the world."""
     unet, vae, tower, (width, height) = config.unet, config.vae, config.image_encoder, config.size
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
-    picture, cell = f"a picture of {width}x{height}", config.size_multiple
+    picture, multiple = f"a picture of {width}x{height}", config.size_multiple
     refusals = [
-        (width % cell or height % cell, f"{picture} is no multiple of {cell}, as the networks halve it"),
+        (width % multiple or height % multiple, f"{picture} is not a multiple of {multiple}, which the networks need"),
         (height < MIN_SIDE, f"{picture} is lower than {MIN_SIDE}, too small for a sprite"),
         (not 1 <= width / height <= 1.8, f"{picture} is neither square nor up to 16:9"),
         (
             config.num_frames <= NUM_SLOTS,
-            f"{config.num_frames} frames do not move often enough for the {NUM_SLOTS} words of a caption",
+            f"{config.num_frames} frames have too few steps for the {NUM_SLOTS} words of a caption",
         ),
         (
             (unet.in_channels, unet.out_channels) != (2 * vae.z_channels, vae.z_channels),
             f"a UNet of {unet.in_channels} channels in and {unet.out_channels} out does not fit latents of"
-            f" {vae.z_channels}, which it takes twice",
+            f" {vae.z_channels}: it takes twice as many and returns as many",
         ),
         (
             tower.embed_dim != unet.context_dim,
-            f"the image tower's embedding has {tower.embed_dim} elements, a token {unet.context_dim}",
+            f"the image encoder's embedding has {tower.embed_dim} elements, a token {unet.context_dim}",
         ),
         (
             any(w % unet.num_head_channels for w in widths),
@@ -75,9 +76,9 @@ def check_sizes(config: SVDConfig) -> None:
         ),
         (
             tower.image_size % tower.patch_size,
-            f"the image tower's {tower.image_size} pixels do not divide into patches of {tower.patch_size}",
+            f"the image encoder's {tower.image_size} pixels do not divide into patches of {tower.patch_size}",
         ),
     ]
-    for holds, reason in refusals:
-        if holds:
+    for applies, reason in refusals:
+        if applies:
             raise InputError(f"{config.name}: {reason}")

@@ -1,8 +1,8 @@
-"""The bodies of the procedural world, as signed distances in the body's own coordinates.
+"""The shapes of sprites, as signed distance functions in body coordinates.
 
-u runs along the heading, v towards the back; the body is about one unit long, from its tail at u = -0.5 to its nose
-at u = 0.5. A distance is negative inside. Every body has two layers, the hull and the details painted over it, and is
-symmetric neither in u nor in v: its picture always tells which way it faces and where its back is.
+u runs along the heading and v towards the back. A body is about one unit long, from its tail at u = -0.5 to its nose at
+u = 0.5. Distances are in body lengths, negative inside. Every shape has two layers, a hull and details painted over it,
+and is symmetric neither in u nor in v: a picture of it determines which way it faces and which way is up.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import numpy as np
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-REACH = 0.65  # no body reaches further from its origin, in body lengths
-GRID = 161  # samples along each side of a tabulated distance
+REACH = 0.65  # body lengths from the origin, within which every body lies
+GRID = 161  # samples per axis of a distance table
 
 
 def polygon(*points: tuple[float, float]) -> Distance:
-    """Exact distance to a simple polygon; negative inside."""
+    """Exact signed distance to a simple polygon with corners (u, v)."""
     corners = np.array(points)
 
     def distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def polygon(*points: tuple[float, float]) -> Distance:
 
 
 def ellipse(u0: float, v0: float, radius_u: float, radius_v: float) -> Distance:
-    """Distance to an ellipse, to first order around its outline."""
+    """Signed distance to an ellipse, accurate to first order near its outline."""
 
     def distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         a, b = (u - u0) / radius_u, (v - v0) / radius_v
@@ -44,24 +44,28 @@ def ellipse(u0: float, v0: float, radius_u: float, radius_v: float) -> Distance:
 
 
 def disc(u0: float, v0: float, radius: float) -> Distance:
+    """Exact signed distance to a disc."""
     return lambda u, v: np.hypot(u - u0, v - v0) - radius
 
 
 def union(*parts: Distance) -> Distance:
+    """The points in any of the parts."""
     return lambda u, v: np.minimum.reduce([part(u, v) for part in parts])
 
 
-def both(a: Distance, b: Distance) -> Distance:
+def intersection(a: Distance, b: Distance) -> Distance:
+    """The points in both a and b."""
     return lambda u, v: np.maximum(a(u, v), b(u, v))
 
 
-def outside(part: Distance) -> Distance:
+def complement(part: Distance) -> Distance:
+    """The points outside a part."""
     return lambda u, v: -part(u, v)
 
 
 WHALE = union(ellipse(0.12, -0.02, 0.38, 0.24), polygon((0, 0.2), (-0.32, 0.06), (-0.3, -0.12), (0, -0.24)))
 
-# Hull and details of every shape.
+# Shape -> hull, details.
 BODIES: dict[str, tuple[Distance, Distance]] = {
     "arrow": (
         polygon((0.5, 0), (0.06, 0.34), (0.06, 0.15), (-0.5, 0.15), (-0.5, -0.15), (0.06, -0.15), (0.06, -0.34)),
@@ -104,7 +108,10 @@ BODIES: dict[str, tuple[Distance, Distance]] = {
             ellipse(0.38, -0.1, 0.13, 0.19),
             polygon((0.36, 0), (0.42, 0.22), (0.5, 0.22), (0.44, -0.05)),
         ),
-        both(disc(-0.08, 0.06, 0.28), outside(both(disc(-0.05, 0.05, 0.16), outside(disc(-0.05, 0.05, 0.08))))),
+        intersection(
+            disc(-0.08, 0.06, 0.28),
+            complement(intersection(disc(-0.05, 0.05, 0.16), complement(disc(-0.05, 0.05, 0.08)))),
+        ),
     ),
     "rocket": (
         union(
@@ -137,7 +144,7 @@ BODIES: dict[str, tuple[Distance, Distance]] = {
     ),
     "whale": (
         union(WHALE, polygon((-0.2, 0.06), (-0.4, 0.36), (-0.42, 0.18), (-0.54, 0.14), (-0.3, -0.1))),
-        union(both(WHALE, lambda u, v: v + 0.1 + 0 * u), disc(0.3, 0.06, 0.055)),
+        union(intersection(WHALE, lambda u, v: v + 0.1 + 0 * u), disc(0.3, 0.06, 0.055)),
     ),
 }
 
@@ -145,19 +152,20 @@ SHAPES = tuple(BODIES)
 
 
 @cache
-def table(shape: str) -> np.ndarray:
-    """Distances [2, GRID * GRID] (rows v, columns u, from -REACH to REACH) to body and details, in body lengths.
+def distance_table(shape: str) -> np.ndarray:
+    """Distances float32 [2, GRID * GRID] to the opaque body (hull and details) and to the details alone.
 
-    The body is everything opaque, details included.
+    Rows are v and columns u, each from -REACH to REACH.
     """
     v, u = np.meshgrid(*[np.linspace(-REACH, REACH, GRID)] * 2, indexing="ij")
     hull, details = BODIES[shape]
-    return np.stack([np.minimum(hull(u, v), details(u, v)), details(u, v)]).reshape(2, -1).astype(np.float32)
+    both = np.stack([np.minimum(hull(u, v), details(u, v)), details(u, v)])  # [2, GRID, GRID]
+    return both.reshape(2, -1).astype(np.float32)  # [2, GRID * GRID]
 
 
 def distances(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distances [2, N] to the opaque body and to its details at u, v [N] (|u|, |v| <= REACH), in body lengths."""
-    cells = table(shape)
+    """Distances [2, N] to the opaque body and to its details at u, v [N], |u|, |v| <= REACH; bilinear interpolation."""
+    cells = distance_table(shape)
     column, row = ((w + REACH) * ((GRID - 1) / (2 * REACH)) for w in (u, v))
     i, j = (np.clip(w.astype(np.int32), 0, GRID - 2) for w in (row, column))
     down, right, corner = row - i, column - j, i * GRID + j

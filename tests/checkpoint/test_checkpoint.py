@@ -17,7 +17,7 @@ from minimti import pipeline
 from minimti.checkpoint import find
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS, folder_source, official_source
 from minimti.checkpoint.load import check, open_checkpoint, sources
-from minimti.config import MODELS, from_json, to_json
+from minimti.config import MODELS, to_json
 from minimti.io.files import InputError
 from minimti.svd import SVD
 
@@ -36,7 +36,7 @@ def small(tmp_path_factory) -> Path:
 
 
 def load(path) -> SVD:
-    return pipeline.load(open_checkpoint(str(path)), CPU, torch.float32)
+    return pipeline.load(open_checkpoint(str(path)), device=CPU, dtype=torch.float32)
 
 
 def rewritten(small: Path, path: Path, change) -> Path:
@@ -86,7 +86,7 @@ def test_values_arrive_under_their_names(small):
 
 
 def test_precision_and_frozenness(small):
-    svd = pipeline.load(open_checkpoint(str(small)), CPU, torch.bfloat16)
+    svd = pipeline.load(open_checkpoint(str(small)), device=CPU, dtype=torch.bfloat16)
     for network, dtype in ((svd.unet, torch.bfloat16), (svd.image_encoder, torch.bfloat16), (svd.vae, torch.float32)):
         assert {p.dtype for p in network.parameters()} == {dtype}
     assert not any(p.requires_grad for p in svd.parameters()) and not svd.training
@@ -160,18 +160,28 @@ def test_files_that_are_something_else(small, tmp_path):
         open_checkpoint(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("config", [*MODELS.values(), SMALL])
-def test_a_configuration_survives_json(config):
-    assert from_json(to_json(config)) == config
-
-
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
 def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
-    for name, expected in (("svd_xt_1_1.safetensors", "svd-xt"), ("svd.safetensors", "svd"), ("mine.st", "svd")):
+    for name, expected in (
+        ("svd.safetensors", "svd"),
+        ("svd_image_decoder.safetensors", "svd"),
+        ("svd_xt.safetensors", "svd-xt"),
+        ("svd_xt_fp16.safetensors", "svd-xt"),
+        ("svd_xt_1_1.safetensors", "svd-xt-1-1"),
+        ("mine.st", "svd"),
+    ):
         (tmp_path / name).touch()
         assert find.locate(str(tmp_path / name)) == (tmp_path / name, MODELS[expected])
+    for model, repository in find.REPOSITORIES.items():
+        folder = tmp_path / Path(repository).name
+        folder.mkdir()
+        assert find.locate(str(folder)) == (folder, MODELS[model])
+    (tmp_path / "link.st").symlink_to("svd_xt_1_1.safetensors")
+    (tmp_path / "svd_xt.link").symlink_to("svd.safetensors")
+    assert find.locate(str(tmp_path / "link.st"))[1] == MODELS["svd-xt-1-1"]
+    assert find.locate(str(tmp_path / "svd_xt.link"))[1] == MODELS["svd-xt"]
 
 
 @pytest.fixture
@@ -224,19 +234,25 @@ def test_search_order(hub, tmp_path):
     assert find.locate("svd", local)[0] == local / "svd.safetensors"
     assert len(downloads) == 3
     assert "xt" in find.locate("svd-xt", local)[0].as_posix() and len(downloads) == 6
+    assert find.locate("svd-xt-1-1", local)[1] == MODELS["svd-xt-1-1"]
+    assert downloads[6:] == [(repository + "-xt-1-1", name) for name in smallest]
 
 
-def test_the_embedded_model_is_never_downloaded(hub, tmp_path):
+def test_the_embedded_model_is_never_downloaded(hub, tmp_path, monkeypatch):
+    """It is in weights/, or in the package where that was installed from a wheel."""
     with pytest.raises(InputError, match="tiny.safetensors is not there; make it: python -m minimti.pretrain"):
         find.locate("tiny", tmp_path)
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "tiny.safetensors").touch()
-    assert find.locate("tiny", tmp_path) == (tmp_path / "tiny" / "tiny.safetensors", MODELS["tiny"])
+    file = tmp_path / "tiny" / "tiny.safetensors"
+    assert find.locate("tiny", tmp_path) == (file, MODELS["tiny"])
+    monkeypatch.setattr(find, "PACKAGE", tmp_path)
+    assert find.locate("tiny", tmp_path / "nowhere") == (file, MODELS["tiny"])
     assert hub[1] == []
 
 
 def test_the_automatic_choice(hub, tmp_path):
-    """Official weights that are here, those that a GPU wants, else the embedded ones; and nothing is downloaded yet."""
+    """Official weights that are here, else svd where there is a GPU, else the embedded model; nothing is downloaded."""
     cache, downloads = hub
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert find.automatic(cpu, tmp_path) == "tiny" and find.automatic(cuda, tmp_path) == "svd"
@@ -248,17 +264,17 @@ def test_the_automatic_choice(hub, tmp_path):
 
 
 def answer(status: int) -> SimpleNamespace:
-    """As much of a response as the library's errors look at; its HTTP client differs between versions."""
+    """The part of a response that the library's errors read; its HTTP client differs between versions."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
 @pytest.mark.parametrize(
     "error, reason",
     [
-        (GatedRepoError("gated", response=answer(403)), "wants its licence accepted"),
-        (HfHubHTTPError("unauthorised", response=answer(401)), "wants its licence accepted"),
-        (HfHubHTTPError("broken", response=answer(503)), "gave no files"),
-        (OSError("no route"), "gave no files"),
+        (GatedRepoError("gated", response=answer(403)), "its licence has not been accepted"),
+        (HfHubHTTPError("unauthorised", response=answer(401)), "its licence has not been accepted"),
+        (HfHubHTTPError("broken", response=answer(503)), "the download failed"),
+        (OSError("no route"), "the download failed"),
     ],
 )
 def test_a_refused_download_says_what_to_do(hub, tmp_path, monkeypatch, error, reason):
@@ -274,14 +290,14 @@ def test_a_refused_download_says_what_to_do(hub, tmp_path, monkeypatch, error, r
 
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
-    """The library's own answer where the network is switched off (conftest.py)."""
+    """The library's own error where the network is switched off (conftest.py)."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(InputError, match="the hub gave no files.*put svd.safetensors from there into"):
+    with pytest.raises(InputError, match="the download failed.*put svd.safetensors from there into"):
         find.locate("svd", tmp_path)
 
 
 def test_sizes_of_an_official_file_are_not_guessed(small, tmp_path):
-    """A reduced file without its configuration is held against the official sizes, and refused."""
+    """A reduced file without its configuration is compared with the official sizes, and refused."""
     save_file(load_file(small), tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="not Stable Video Diffusion as expected"):
         load(tmp_path / "w.safetensors")

@@ -1,5 +1,6 @@
 """Clips and images, written and read back."""
 
+import re
 import struct
 from fractions import Fraction
 
@@ -11,14 +12,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from minimti.config import MODELS
 from minimti.io import video
-from minimti.io.files import InputError, atomic_write
+from minimti.io.files import InputError
+
+TINY = MODELS["tiny"]
 
 
 def gradients(num_frames: int, height: int = 64, width: int = 96) -> torch.Tensor:
-    """[F, 3, H, W] in [-1,1]: red grows to the right, green downwards, blue with time."""
+    """uint8 [F, 3, H, W]: red grows to the right, green downwards, blue with time."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    return torch.stack([torch.stack([x, y, torch.full_like(x, t)]) for t in torch.linspace(-0.8, 0.8, num_frames)])
+    frames = [torch.stack([x, y, torch.full_like(x, blue)]) for blue in blues(num_frames)]
+    return video.to_uint8(torch.stack(frames))
+
+
+def blues(num_frames: int) -> torch.Tensor:
+    return torch.linspace(-0.8, 0.8, num_frames)
+
+
+def shown(frames: torch.Tensor, num_frames: int) -> list[int]:
+    """The numbers of frames, uint8 or in [-1,1], of a clip of `gradients(num_frames)`."""
+    blue = frames[:, 2].float().mean(dim=(1, 2))  # [F]
+    blue = blue / 127.5 - 1 if frames.dtype == torch.uint8 else blue
+    distances = (blue[:, None] - blues(num_frames)).abs()  # [F, num_frames]
+    assert distances.min(dim=1).values.max() < 0.03
+    return distances.argmin(dim=1).tolist()
 
 
 def test_a_clip_survives_its_file(tmp_path):
@@ -32,8 +50,93 @@ def test_a_clip_survives_its_file(tmp_path):
         assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
     content = (tmp_path / "a.mp4").read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")  # a browser can start before it has the whole file
-    back = video.fit(video.read_clip(tmp_path / "a.mp4", 14, start=0, stride=1), (96, 64))
-    assert (back - clip).abs().mean() < 0.02
+    back, times, fps = video.decode_clip(tmp_path / "a.mp4", 14, 0, None, 1)
+    error = (back.float() - clip.float()).abs().mean().item()
+    assert back.dtype == torch.uint8 and error < 2.5
+    assert times == pytest.approx([i / 7 for i in range(14)]) and fps == pytest.approx(7)
+
+
+def test_a_clip_is_read_at_the_size_and_length_of_the_model(tmp_path):
+    path = tmp_path / "a.mp4"
+    video.write_clip(path, gradients(20), 10)
+    clip = video.read_clip(path, TINY)
+    assert clip.frames.shape == (14, 3, 64, 64) and clip.frames.dtype == torch.float32
+    assert torch.equal(clip.frames, video.fit(video.decode_clip(path, 14, 0, None, 1)[0], (64, 64)))
+    assert (clip.source, clip.source_size) == (str(path), (96, 64)) and clip.fps == pytest.approx(10)
+    clip = video.read_clip(path, TINY, num_frames=3, start=0.45, stride=4, size=(128, 64))
+    assert clip.frames.shape == (3, 3, 64, 128) and shown(clip.frames, 20) == [5, 9, 13]
+    assert clip.times == pytest.approx([0.5, 0.9, 1.3]) and clip.fps == pytest.approx(2.5)
+    clip = video.read_clip(path, TINY, num_frames=2, start=0.5, end=1.5)
+    assert shown(clip.frames, 20) == [5, 15] and clip.times == (0.5, 1.5) and clip.fps == 1
+
+
+def test_the_rate_of_a_single_frame_is_the_average_of_its_file(tmp_path):
+    video.write_clip(tmp_path / "a.mp4", gradients(4), 12)
+    clip = video.read_clip(tmp_path / "a.mp4", TINY, num_frames=1, start=0.1)
+    assert clip.fps == 12 and clip.times == pytest.approx([2 / 12])
+
+
+def test_an_end_spreads_the_frames_evenly_over_the_time(tmp_path):
+    """14 frames at 7 per second: frame k is shown from k/7 to (k + 1)/7, the last one until 2 s."""
+    path = tmp_path / "a.mp4"
+    video.write_clip(path, gradients(14), 7)
+    for num_frames, start, end, expected in (
+        (14, 0, 13 / 7, list(range(14))),
+        (14, 0, 2, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]),
+        (3, 0.2, 1.0, [1, 4, 7]),  # shown at 0.2, 0.6 and 1.0
+        (5, 0.3, 0.5, [2, 2, 2, 3, 3]),  # more than the file has there
+        (2, 3 / 7, 4 / 7, [3, 4]),
+        (1, 1.5, 2.0, [10]),
+        (2, 1.9, 2.0, [13, 13]),
+    ):
+        frames, times, fps = video.decode_clip(path, num_frames, start, end, 1)
+        assert shown(frames, 14) == expected
+        assert times == pytest.approx(np.linspace(start, end, num_frames))
+        assert fps == pytest.approx((num_frames - 1) / (end - start) if num_frames > 1 else 7)
+
+
+def test_an_end_that_cannot_be_is_refused(tmp_path):
+    path = tmp_path / "a.mp4"
+    video.write_clip(path, gradients(14), 7)
+    for start, end, stride, message in (
+        (0, 2.1, 1, "ends at 2.000 s, before --end 2.1"),
+        (5, 6, 1, "ends at 2.000 s, before --end 6"),
+        (1, 1, 1, "--end 1: must be later than the start, 1 s"),
+        (1, 0.5, 1, "--end 0.5: must be later"),
+        (0, 1, 2, "--stride 2: with --end"),
+    ):
+        with pytest.raises(InputError, match=message):
+            video.read_clip(path, TINY, start=start, end=end, stride=stride)
+
+
+def test_times_are_counted_from_the_first_frame_of_the_file(tmp_path):
+    """A transport stream begins at an arbitrary time; a raw stream has no times, and its rate counts them."""
+    for name in ("a.ts", "a.h264"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+            for pixels in gradients(6).permute(0, 2, 3, 1).numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+            container.mux(stream.encode())
+        frames, times, fps = video.decode_clip(tmp_path / name, 3, 0, None, 2)
+        assert shown(frames, 6) == [0, 2, 4] and times == pytest.approx([0, 0.08, 0.16]) and fps == pytest.approx(12.5)
+        assert shown(video.decode_clip(tmp_path / name, 3, 0, 0.2, 1)[0], 6) == [0, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(4, 3, 64, 64),
+        torch.zeros(1, 4, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(4, 1, 64, 64, dtype=torch.uint8),
+        torch.zeros(4, 3, 63, 64, dtype=torch.uint8),
+        torch.zeros(4, 3, 64, 63, dtype=torch.uint8),
+    ],
+)
+def test_only_uint8_frames_are_written(tmp_path, tensor):
+    with pytest.raises(ValueError, match=re.escape(f"not {tensor.dtype} {list(tensor.shape)}")):
+        video.write_clip(tmp_path / "a.mp4", tensor, 7)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_clip_gives_the_same_bytes(tmp_path):
@@ -42,15 +145,15 @@ def test_the_same_clip_gives_the_same_bytes(tmp_path):
     for _ in range(20):
         video.write_clip(tmp_path / "a.mp4", gradients(14), 7)
         contents.add((tmp_path / "a.mp4").read_bytes())
-        video.read_clip(tmp_path / "a.mp4", 14, 0, 1)
+        video.decode_clip(tmp_path / "a.mp4", 14, 0, None, 1)
     assert len(contents) == 1
 
 
-@pytest.mark.parametrize("fps", [7, 24, 29.97])
-def test_the_rate_is_exact(tmp_path, fps):
+@pytest.mark.parametrize("fps, rate", [(7, 7), (24, 24), (25.0, 25), (29.97002997, Fraction(30000, 1001))])
+def test_the_rate_is_exact(tmp_path, fps, rate):
     video.write_clip(tmp_path / "a.mp4", gradients(4), fps)
     with av.open(str(tmp_path / "a.mp4")) as container:
-        assert container.streams.video[0].average_rate == Fraction(fps).limit_denominator(1001)
+        assert container.streams.video[0].average_rate == rate
 
 
 @given(num_frames=st.integers(1, 4), start=st.integers(0, 12), stride=st.integers(1, 4))
@@ -59,17 +162,17 @@ def test_frames_are_chosen_by_time_and_stride(tmp_path_factory, num_frames, star
     video.write_clip(path, gradients(12), 7)
     wanted = [start + i * stride for i in range(num_frames)]
     if wanted[-1] < 12:
-        frames = video.read_clip(path, num_frames, start / 7, stride)
-        blue = torch.linspace(-0.8, 0.8, 12)[wanted]
-        assert torch.allclose(frames[:, 2].float().mean(dim=(1, 2)) / 127.5 - 1, blue, atol=0.03)
+        frames, times, fps = video.decode_clip(path, num_frames, start / 7, None, stride)
+        assert shown(frames, 12) == wanted and times == pytest.approx([k / 7 for k in wanted])
+        assert fps == pytest.approx(7 / stride if num_frames > 1 else 7)
     else:
         with pytest.raises(InputError, match=f"but only {12 - start} are there; start earlier, or lower --stride"):
-            video.read_clip(path, num_frames, start / 7, stride)
+            video.decode_clip(path, num_frames, start / 7, None, stride)
 
 
 @pytest.mark.parametrize("quarter_turns", [1, 2, 3])
 def test_clips_filmed_sideways_stand_upright(tmp_path, quarter_turns):
-    """A phone stores what its sensor saw and a matrix that says how it was held."""
+    """A phone stores the frames of its sensor and a matrix with its orientation."""
     clip = gradients(2)
     video.write_clip(tmp_path / "a.mp4", clip, 7)
     content = bytearray((tmp_path / "a.mp4").read_bytes())
@@ -78,9 +181,11 @@ def test_clips_filmed_sideways_stand_upright(tmp_path, quarter_turns):
     at = content.index(b"tkhd") + 4 + 40  # version 0: forty bytes of other fields come first
     content[at : at + 36] = matrix
     (tmp_path / "b.mp4").write_bytes(content)
-    upright = video.read_clip(tmp_path / "b.mp4", 2, 0, 1)
-    stored = video.read_clip(tmp_path / "a.mp4", 2, 0, 1)
+    upright, *_ = video.decode_clip(tmp_path / "b.mp4", 2, 0, None, 1)
+    stored, *_ = video.decode_clip(tmp_path / "a.mp4", 2, 0, None, 1)
     assert torch.equal(upright, torch.rot90(stored, -quarter_turns, dims=(2, 3)))
+    size = (96, 64) if quarter_turns == 2 else (64, 96)
+    assert video.read_clip(tmp_path / "b.mp4", TINY, num_frames=2).source_size == size
 
 
 def test_unreadable_videos_are_named(tmp_path):
@@ -103,34 +208,41 @@ def test_unreadable_videos_are_named(tmp_path):
         ("cut.mp4", "cannot be read as a video|only [0-9]+ are there"),
     ):
         with pytest.raises(InputError, match=message):
-            video.read_clip(tmp_path / name, 14, 0, 1)
+            video.read_clip(tmp_path / name, TINY)
 
 
 def test_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    read = video.read_image(tmp_path / "a.png")
+    read = video.decode_image(tmp_path / "a.png")
     assert read.dtype == torch.uint8 and torch.equal(read[0].permute(1, 2, 0), torch.from_numpy(pixels))
 
     Image.fromarray(np.dstack([pixels, np.zeros((20, 30), np.uint8)])).save(tmp_path / "clear.png")
-    assert (video.read_image(tmp_path / "clear.png") == 255).all()
+    assert (video.decode_image(tmp_path / "clear.png") == 255).all()
 
     exif = Image.Exif()
     exif[0x0112] = 6  # turned clockwise to be upright
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(video.read_image(tmp_path / "turned.png"), torch.rot90(read, -1, dims=(2, 3)))
+    assert torch.equal(video.decode_image(tmp_path / "turned.png"), torch.rot90(read, -1, dims=(2, 3)))
 
+    image = video.read_image(tmp_path / "a.png", TINY)
+    assert image.dtype == torch.float32 and torch.equal(image, video.fit(read, (64, 64)))
+    assert video.read_image(tmp_path / "a.png", TINY, size=(128, 64)).shape == (1, 3, 64, 128)
+
+    Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(InputError, match="is an image of mode I; convert it to 8 bits per channel"):
+        video.read_image(tmp_path / "deep.tif", TINY)
     for name, content in (("text.png", b"no image"), ("cut.png", (tmp_path / "a.png").read_bytes()[:200])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as an image"):
-            video.read_image(tmp_path / name)
+            video.read_image(tmp_path / name, TINY)
 
 
 @given(
     have=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     want=st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )
-def test_fit_gives_the_size_asked_for(have, want):
+def test_fit_gives_the_requested_size(have, want):
     size = (64 * want[0], 64 * want[1])
     frames = torch.randint(0, 256, (2, 3, *have), dtype=torch.uint8)
     fitted = video.fit(frames, size)
@@ -145,21 +257,7 @@ def test_fit_keeps_the_centre():
     assert torch.allclose(video.fit(same, (128, 64)), same / 127.5 - 1)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    with atomic_write(path) as part:
-        part.write_text("first")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_write(path) as part:
-        part.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    for bad, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.txt", "cannot be written")):
-        with pytest.raises(InputError, match=message), atomic_write(bad):
-            pass
-
-
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     video.write_clip("12:30.mp4", gradients(2), 7)
-    assert video.read_clip("12:30.mp4", 2, 0, 1).shape == (2, 3, 64, 96)
+    assert video.read_clip("12:30.mp4", TINY, num_frames=2).frames.shape == (2, 3, 64, 64)

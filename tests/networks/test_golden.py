@@ -1,7 +1,7 @@
 """Outputs of the official code, reproduced.
 
-Runs over every file of the folder MINIMTI_GOLDEN names (default: tests/golden). The kind of a file is its stem up to
-the first underscore; sizes, batch, F and N come from the file. Expected agreement: golden/README.md.
+Runs over every file of the folder that MINIMTI_GOLDEN names (default: tests/golden). The kind of a file is its stem up
+to the first underscore; sizes, batch, F and N come from the file. Expected agreement: golden/README.md.
 """
 
 import json
@@ -85,8 +85,11 @@ def test_unet(path):
 
 @pytest.mark.parametrize("path", files("unet"))
 def test_unet_in_float64(path):
-    """In a process of its own. The sinusoids stay in fp32, and MKL, which PyTorch asks for exp, rounds that otherwise
-    on some processors: 2e-9 of the output. In its compatible mode it rounds as where the files were made."""
+    """In a process of its own, with MKL in its compatible mode.
+
+    The sinusoids stay in fp32, and PyTorch computes their exp with MKL, whose rounding differs between processors: the
+    output changes by 2e-9. In the compatible mode it is the rounding of the machine that made the files.
+    """
     if "output_f64" in read(path)[1]:
         command = [sys.executable, __file__, str(path)]
         env = os.environ | {"MKL_CBWR": "COMPATIBLE", "PYTHONPATH": os.pathsep.join(map(str, IMPORTS))}

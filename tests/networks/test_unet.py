@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from official import SMALL
+from official import SMALL, fill_by_name
 
 from minimti.networks.layers import Blend
+from minimti.svd import SVD
 
 F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
+
+
+@pytest.fixture(scope="module")
+def svd() -> SVD:
+    with torch.device("meta"):
+        svd = SVD(SMALL)
+    fill_by_name(svd.unet, SMALL, "unet.")
+    return svd
 
 
 def inputs(batch: int) -> dict[str, torch.Tensor]:
@@ -24,11 +33,11 @@ def evaluate(svd, x, c_noise, micro, spatial, temporal) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_batch_of_two_is_two_batches_of_one(small_svd):
+def test_a_batch_of_two_is_two_batches_of_one(svd):
     both = inputs(2)
-    out = evaluate(small_svd, **both)
+    out = evaluate(svd, **both)
     for i in range(2):
-        alone = evaluate(small_svd, **{name: value[i : i + 1] for name, value in both.items()})
+        alone = evaluate(svd, **{name: value[i : i + 1] for name, value in both.items()})
         assert torch.allclose(alone[0], out[i], atol=1e-5)
 
 
@@ -44,17 +53,17 @@ def test_blend_extremes_are_the_single_branch(weighs_temporal):
 
 
 @torch.no_grad()
-def test_frames_are_independent_where_every_blend_is_spatial(small_svd):
+def test_frames_are_independent_where_every_blend_is_spatial(svd):
     """A token set reaches other frames through the layers over time alone; without them, only its own frame."""
-    mixers = [module for module in small_svd.unet.modules() if isinstance(module, Blend)]
+    mixers = [module for module in svd.unet.modules() if isinstance(module, Blend)]
     kept = [mixer.mix_factor.clone() for mixer in mixers]
     plain = inputs(1)
     changed = plain | {"spatial": plain["spatial"].clone()}
     changed["spatial"][:, 2] += 1
-    with_time = (evaluate(small_svd, **changed) - evaluate(small_svd, **plain)).abs().amax(dim=(0, 2, 3, 4))
+    with_time = (evaluate(svd, **changed) - evaluate(svd, **plain)).abs().amax(dim=(0, 2, 3, 4))
     for mixer in mixers:
         mixer.mix_factor.fill_(100.0)
-    alone = (evaluate(small_svd, **changed) - evaluate(small_svd, **plain)).abs().amax(dim=(0, 2, 3, 4))
+    alone = (evaluate(svd, **changed) - evaluate(svd, **plain)).abs().amax(dim=(0, 2, 3, 4))
     for mixer, factor in zip(mixers, kept):
         mixer.mix_factor.copy_(factor)
     assert (with_time > 1e-6).all()
@@ -62,24 +71,24 @@ def test_frames_are_independent_where_every_blend_is_spatial(small_svd):
 
 
 @torch.no_grad()
-def test_temporal_tokens_reach_every_frame(small_svd):
+def test_temporal_tokens_reach_every_frame(svd):
     plain = inputs(1)
-    moved = evaluate(small_svd, **plain | {"temporal": plain["temporal"] + 1}) - evaluate(small_svd, **plain)
+    moved = evaluate(svd, **plain | {"temporal": plain["temporal"] + 1}) - evaluate(svd, **plain)
     assert (moved.abs().amax(dim=(0, 2, 3, 4)) > 1e-4).all()
 
 
 @torch.no_grad()
-def test_equal_tokens_are_one_token(small_svd):
+def test_equal_tokens_are_one_token(svd):
     """N copies of a token share the attention that one would have: plain image-to-video is N = 1 broadcast."""
     plain = inputs(1)
     one = plain | {"spatial": plain["spatial"][:, :, :1], "temporal": plain["temporal"][:, :1]}
     five = one | {"spatial": one["spatial"].expand(-1, -1, 5, -1), "temporal": one["temporal"].expand(-1, 5, -1)}
-    assert torch.allclose(evaluate(small_svd, **one), evaluate(small_svd, **five), atol=1e-5)
+    assert torch.allclose(evaluate(svd, **one), evaluate(svd, **five), atol=1e-5)
 
 
-def test_shapes_that_do_not_fit_are_named(small_svd):
+def test_shapes_that_do_not_fit_are_named(svd):
     plain = inputs(1)
-    with pytest.raises(ValueError, match="3 sets of spatial tokens do not fit 1 clips of 4 frames"):
-        evaluate(small_svd, **plain | {"spatial": plain["spatial"][:, :3]})
+    with pytest.raises(ValueError, match="3 spatial and 1 temporal sets of tokens do not fit 1 clips of 4 frames"):
+        evaluate(svd, **plain | {"spatial": plain["spatial"][:, :3]})
     with pytest.raises(ValueError, match="16x9 cannot be halved 3 times"):
-        evaluate(small_svd, **plain | {"x": torch.randn(1, F, 8, 9, 16)})
+        evaluate(svd, **plain | {"x": torch.randn(1, F, 8, 9, 16)})

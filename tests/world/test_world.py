@@ -1,4 +1,4 @@
-"""The procedural world: words that do what they say, scenes that stay in the picture, a tracker that finds them."""
+"""The procedural world: each word has its motion, scenes stay in the picture, and the tracker recovers motions."""
 
 from dataclasses import replace
 
@@ -18,9 +18,9 @@ from minimti.world.scene import (
     habit,
     random_program,
     random_scene,
+    relative_motion,
     render,
     render_background,
-    semantic,
     trajectory,
 )
 from minimti.world.shapes import SHAPES
@@ -71,7 +71,7 @@ def misses(tracked, truth) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("size", [48, 64, (64, 112), (72, 128)])
-def test_a_clip_has_the_asked_shape(size):
+def test_a_clip_has_the_requested_shape(size):
     clip = render(one(size=size, num_frames=16, num_sprites=2))
     height, width = (size, size) if isinstance(size, int) else size
     assert clip.shape == (16, 3, height, width) and clip.dtype == np.uint8
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_bytes(options):
     assert np.array_equal(render(a), render(c))
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_scenes_are_refused():
     scene = one()
     for change, reason in [
         ({"size": (40, 40)}, "at least 48"),
@@ -104,7 +104,7 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize("facing", [1, -1])
 @pytest.mark.parametrize("word", SPRITE_WORDS)
-def test_a_word_does_what_it_says(word, facing):
+def test_a_word_moves_the_sprite_in_its_direction_only(word, facing):
     scene = with_sprite(one(program=(word,) * 7), facing=facing, tilt=0.0)
     column, sign = {
         "forward": (0, 1),
@@ -116,7 +116,7 @@ def test_a_word_does_what_it_says(word, facing):
         "turn": (3, 1),
         "still": (0, 0),
     }[word]
-    happened = semantic(trajectory(scene)[0])
+    happened = relative_motion(trajectory(scene)[0])
     assert np.allclose(np.delete(happened, column, axis=1), 0)
     assert np.all(np.diff(happened[:6, column]) * sign > 0) if sign else np.allclose(happened, 0)
 
@@ -125,7 +125,8 @@ def test_a_word_does_what_it_says(word, facing):
 def test_forward_follows_the_nose(facing):
     scene = with_sprite(one(program=("forward",) * 7), facing=facing, tilt=0.4)
     path = trajectory(scene)[0]
-    assert np.allclose(semantic(path)[:, 1], 0) and semantic(path)[-1, 0] == pytest.approx(13 * 0.055 * 64)
+    moved = relative_motion(path)
+    assert np.allclose(moved[:, 1], 0) and moved[-1, 0] == pytest.approx(13 * 0.055 * 64)
     assert np.sign(path.x[-1] - path.x[0]) == facing and path.y[-1] < path.y[0]  # nose up is upwards
     turned = trajectory(replace(scene, program=("turn",) * 4 + ("forward",) * 3))[0]
     steps = np.stack([facing * np.diff(turned.x), -np.diff(turned.y)])[:, -3:]
@@ -150,10 +151,10 @@ def test_the_camera_moves_sprite_and_background_together(word, facing):
         assert np.abs(rolled - seen[frame])[kept].mean() < 3
 
 
-def test_a_program_is_a_matter_of_time():
+def test_words_take_effect_in_their_slots():
     early = one(program=("forward",) * 2 + ("still",) * 5)
     late = replace(early, program=("still",) * 5 + ("forward",) * 2)
-    early, late = (semantic(trajectory(s)[0])[:, 0] for s in (early, late))
+    early, late = (relative_motion(trajectory(s)[0])[:, 0] for s in (early, late))
     assert early[4] > 10 and np.allclose(early[6:], early[-1])
     assert np.allclose(late[:9], 0) and late[-1] > 8
 
@@ -180,7 +181,7 @@ def test_a_flip_mirrors_the_clip_and_keeps_the_caption(options):
         assert mirrored.program == scene.program and flip(mirrored).background == scene.background
         assert np.abs(render(mirrored).astype(int) - render(scene)[..., ::-1]).max() <= 1
         for a, b in zip(trajectory(mirrored), trajectory(scene)):
-            assert np.allclose(semantic(a), semantic(b))
+            assert np.allclose(relative_motion(a), relative_motion(b))
 
 
 def test_random_programs_have_runs():
@@ -216,8 +217,8 @@ def test_two_sprites_start_apart():
     assert np.mean(np.array(apart) > 0.9) > 0.9
 
 
-def test_standing_still_is_far_off():
-    far = [np.linalg.norm(semantic(trajectory(scene)[0])[4:], axis=1).mean() for scene in scenes(100)]
+def test_scenes_move_by_several_pixels():
+    far = [np.linalg.norm(relative_motion(trajectory(scene)[0])[4:], axis=1).mean() for scene in scenes(100)]
     assert np.mean(far) > 6
 
 
@@ -233,7 +234,7 @@ def test_backgrounds_differ_and_sprites_stand_out():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_shows_where_it_faces(shape):
+def test_the_picture_of_a_shape_determines_its_facing(shape):
     """No turn makes a body look like its mirror image."""
     scene = with_sprite(one(shapes=(shape,), program=STILL), x=32.0, y=32.0, length=30.0, tilt=0.0)
     turns = [with_sprite(scene, facing=-scene.sprites[0].facing, tilt=t) for t in np.linspace(-np.pi, np.pi, 24)]
@@ -255,7 +256,7 @@ def test_every_shape_has_a_habit():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_tracker_finds_every_shape_under_every_word(shape):
-    """It is told of a scene that stands still."""
+    """The tracker is given a scene that stands still, so it cannot use the program."""
     for word in SPRITE_WORDS:
         scene = one(seed=len(word), shapes=(shape,), program=(word,) * 7)
         tracked = tracker.track(render(scene), replace(scene, program=STILL))
@@ -265,7 +266,7 @@ def test_the_tracker_finds_every_shape_under_every_word(shape):
 
 
 @pytest.mark.parametrize("loss", ["blur and noise", "jpeg"])
-def test_the_tracker_bears_what_a_model_does_to_a_clip(loss):
+def test_the_tracker_tolerates_blur_noise_and_compression(loss):
     rng = np.random.default_rng(0)
     for scene in scenes(12, 7):
         clip = render(scene)
@@ -279,15 +280,15 @@ def test_the_tracker_bears_what_a_model_does_to_a_clip(loss):
 
 @pytest.mark.parametrize("word", CAMERA_WORDS)
 def test_the_tracker_follows_the_camera(word):
-    """Told of another motion of the camera than it sees."""
+    """The tracker is given another motion of the camera than the clip has."""
     scene = one(program=(word,) * 4 + ("forward",) * 3)
-    told = replace(scene, program=CAMERA_WORDS[:1] * 7)
-    place, size, angle = misses(tracker.track(render(scene), told), trajectory(scene)[0])
+    other = replace(scene, program=CAMERA_WORDS[:1] * 7)
+    place, size, angle = misses(tracker.track(render(scene), other), trajectory(scene)[0])
     assert place < 0.3 and size < 0.02 and angle < 2
 
 
 @pytest.mark.parametrize("seed, place, size, angle", [(0, 0.1, 0.01, 0.5), (7, 0.3, 0.02, 2)])
-def test_the_tracker_tells_two_sprites_apart(seed, place, size, angle):
+def test_the_tracker_separates_two_sprites(seed, place, size, angle):
     """Side by side, and where one covers a part of the other."""
     scene = one(seed=seed, num_sprites=2, program=("up",) * 3 + ("turn",) * 4)
     paths = trajectory(scene)
@@ -298,7 +299,7 @@ def test_the_tracker_tells_two_sprites_apart(seed, place, size, angle):
         assert missed[0] < place and missed[1] < size and missed[2] < angle
 
 
-def test_a_sprite_that_vanished_keeps_its_last_pose():
+def test_an_absent_sprite_keeps_its_last_pose():
     scene = one(program=("up",) * 7)
     clip, truth = render(scene), trajectory(scene)[0]
     clip[5:8] = render_background(scene)[5:8]
@@ -307,7 +308,7 @@ def test_a_sprite_that_vanished_keeps_its_last_pose():
     assert np.isfinite(tracker.motion_error(tracker.track(np.zeros_like(clip), scene), truth))
 
 
-def test_the_tracker_sees_which_way_a_sprite_faces():
+def test_the_tracker_detects_which_way_a_sprite_faces():
     for scene in scenes(4, 2):
         turned = with_sprite(scene, facing=-scene.sprites[0].facing)
         assert tracker.facing(render(scene), scene) > 0.9

@@ -1,0 +1,40 @@
+"""What this machine can do: the device to compute on, and the speed of bf16 on its CPU."""
+
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The first of cuda, mps and cpu that is available."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def bf16_speedup() -> float:
+    """How many times faster this CPU multiplies matrices in bf16 than in fp32, measured.
+
+    Far below 1 on a CPU that only emulates bf16 (without AMX or AVX-512).
+    """
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            runs.append(time.perf_counter() - start)
+        seconds.append(min(runs))
+    return seconds[0] / seconds[1]
+
+
+def describe(dtype: torch.dtype) -> str:
+    """The CPU's name, PyTorch's number of threads and a precision, such as "AMD EPYC, 2 threads, bfloat16"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # another operating system, or a processor without a model name
+        name = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {str(dtype).removeprefix('torch.')}"

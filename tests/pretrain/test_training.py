@@ -1,0 +1,144 @@
+"""The training loop: learning rate, averaged weights, gradients, random numbers, and the clips it is given.
+
+A stage with a linear loss takes the place of networks: under a constant gradient, every step of Adam is as long as the
+learning rate.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import FEW, SHORT, SMALLER
+
+from minimti.pretrain.run import DEFAULT, Run, begin, encoded_clips, held_out, learning_rate, pretrain, train
+from minimti.pretrain.stages import STAGES, Stage
+from minimti.world.clips import first_frame, pixels
+
+STEPS = 40
+BARE = replace(SHORT, weight_decay=0.0, warm_up=1, ema=0.5)
+
+
+def linear(model, clips, rng, batch):
+    return model.words.word.weight.sum()
+
+
+def flat(model, clips, rng, batch):
+    return 0 * sum(p.sum() for p in (*model.words.parameters(), *model.heads.parameters()))
+
+
+def trained(folder, settings, loss=linear, steps=STEPS, decays=False) -> tuple[Run, dict, dict]:
+    """A run after one stage; its weights before the stage, and its checkpoint (raw weights) after it."""
+    folder.mkdir(exist_ok=True)
+    stage = Stage("linear", "a line", loss, steps, 1, ("words", "heads"), (), decays)
+    run = begin(SMALLER, folder, folder, 0, 1.0, settings=replace(settings, stages=(stage,)))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    train(run, lambda: None)
+    return run, before, torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def moved(before: dict, after: dict, key: str = "words.word.weight") -> float:
+    """How far all elements of a tensor have moved down, in units of the learning rate 1e-3."""
+    steps = (before[key] - after[key]) / 1e-3
+    assert torch.allclose(steps, steps.mean(), atol=1e-2)
+    return steps.mean().item()
+
+
+@pytest.mark.parametrize(
+    "warm_up, decays, rates",
+    [(1, False, 40), (10, False, 35.5), (1, True, 30.5), (10, True, 26)],
+)
+def test_the_learning_rate_rises_and_falls(tmp_path, warm_up, decays, rates):
+    """Sums of the rates of 40 steps: 10 rise by tenths, the last 20 fall by twentieths."""
+    _, before, saved = trained(tmp_path, replace(BARE, warm_up=warm_up), decays=decays)
+    assert moved(before, saved["model"]) == pytest.approx(rates, abs=0.02)
+
+
+def test_the_learning_rate_of_the_program():
+    rates = [learning_rate(DEFAULT, step, 1000, True) for step in (0, 49, 99, 500, 750, 999)]
+    assert np.allclose(rates, [1e-5, 5e-4, 1e-3, 1e-3, 5e-4, 2e-6])
+    assert learning_rate(DEFAULT, 999, 1000, False) == 1e-3
+    assert learning_rate(DEFAULT, 0, 8, False) == pytest.approx(1e-3 / 3)  # a quarter of a short stage
+    assert [stage.name for stage in STAGES if not stage.decays] == ["captions"]  # "images" trains the same modules
+
+
+def test_the_average_of_the_weights_is_what_a_stage_leaves(tmp_path):
+    """An average over half of itself and half of the newest weights trails constant steps by one step."""
+    run, before, saved = trained(tmp_path, BARE)
+    left = run.model.state_dict()
+    assert moved(before, saved["model"]) - moved(before, left) == pytest.approx(1, abs=0.01)
+    assert torch.equal(left["words.word.weight"], saved["ema"]["words.word.weight"])
+    longer, _, _ = trained(tmp_path / "longer", replace(BARE, ema=0.999))
+    assert 2 < 40 - moved(before, longer.model.state_dict()) < 20  # short averages at first: no trace of the start
+
+
+def test_gradients_are_clipped_together(tmp_path):
+    """A constant gradient of norm sqrt(12 * 64): Adam's average of it has almost its norm after clipping, 1."""
+    _, _, saved = trained(tmp_path, BARE)
+    _, adam = saved["optimisers"]
+    norm = torch.cat([state["exp_avg"].flatten() for state in adam["state"].values()]).norm().item()
+    assert norm == pytest.approx(1 - 0.9**40, abs=1e-3)
+
+
+def test_weights_decay(tmp_path):
+    """Matrices by Muon, and all else by AdamW: 40 times by a tenth of 1 %."""
+    _, before, saved = trained(tmp_path, replace(BARE, lr=0.1, weight_decay=0.01), flat)
+    for key in ("words.word.weight", "heads.0.bias", "heads.0.weight", "heads.2.weight"):
+        assert torch.allclose(saved["model"][key], 0.999**40 * before[key], atol=1e-5), key
+
+
+def test_only_the_modules_of_a_stage_are_trained(tmp_path):
+    run = begin(SMALLER, tmp_path, tmp_path, 0, FEW)
+    for i, stage in enumerate(run.stages):
+        run.stage = i
+        names = set(run.trainable())
+        assert names and names == {name for name, _ in run.model.named_parameters() if name.startswith(stage.modules)}
+        assert {name for name, p in run.model.named_parameters() if p.requires_grad} == names
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="stage linear: the loss of step 1 is not finite"):
+        trained(tmp_path, BARE, lambda *_: torch.tensor(float("nan"), requires_grad=True))
+
+
+def test_every_step_stage_and_seed_has_its_own_random_numbers(tmp_path):
+    drawn = []
+
+    def loss(model, clips, rng, batch):
+        drawn.append(rng.random())
+        return linear(model, clips, rng, batch)
+
+    stages = tuple(Stage(name, name, loss, 3, 1, ("words", "heads")) for name in ("one", "two"))
+    for seed in (0, 1):
+        run = begin(SMALLER, tmp_path, tmp_path, seed, 1.0, settings=replace(BARE, stages=stages))
+        for run.stage in (0, 1):
+            run.step = 0
+            train(run, lambda: None)
+        run.path.unlink()
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 3
+
+
+def test_all_encoded_and_held_out_clips_differ(tmp_path):
+    """Between chunks, kinds, and those that are held out: the latents of first frames are far apart."""
+    run = begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=replace(SHORT, num_chunks={"captions": 2, "habits": 2}))
+    images = []
+    for kind in ("captions", "habits"):
+        images.append(encoded_clips(run, kind, lambda: None).image[::2].float())  # without mirror images
+        frames = np.stack([first_frame(scene) for scene in held_out(run, kind, 3)])
+        with torch.no_grad():
+            images.append(run.model.svd.vae.encode(pixels(frames)))
+    together = torch.cat(images)
+    assert [len(part) for part in images] == [4, 3, 4, 3]
+    gaps = (together[:, None] - together).flatten(2).abs().mean(2)[~torch.eye(14, dtype=bool)]
+    assert gaps.min() > 0.3 * gaps.mean()
+
+
+def test_psnr_is_that_of_the_pictures(tmp_path):
+    """The picture shows each measured clip above its reconstruction."""
+    settings = replace(SHORT, stages=SHORT.stages[:2])
+    run = pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings)
+    for record, name in zip(run.records, ("frames", "clips")):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(float) / 255
+        true, out = picture.reshape(2, 2, 48, 8 * 48, 3).swapaxes(0, 1)
+        assert record.psnr == pytest.approx(-10 * np.log10(np.square(true - out).mean()), abs=0.05)
