@@ -136,7 +136,7 @@ class Evaluation:
     All random numbers follow from `seed`: the motions, the inversions, and the noise of the i-th target (seed + i).
     """
 
-    def __init__(self, svd: SVD, words: captions.Words, seed: int, settings: Settings, folder: Path):
+    def __init__(self, svd: SVD, words: captions.CaptionEmbedding, seed: int, settings: Settings, folder: Path):
         """folder: where the experiments put their pictures; it exists."""
         self.svd, self.words, self.config = svd, words, svd.config
         self.seed, self.settings, self.folder = seed, settings, folder

@@ -17,7 +17,6 @@ from minimti.evaluate.evaluation import (
     Evaluation,
     Inversion,
     body_colour,
-    clip_errors,
     follows,
     mirrored_motion,
     random_case,

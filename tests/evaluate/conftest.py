@@ -19,7 +19,7 @@ def small_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     write_official(folder / "tiny.safetensors", SMALL)
-    captions.save(captions.Words(SMALL.unet.context_dim), folder / "words.safetensors")
+    captions.save(captions.CaptionEmbedding(SMALL.unet.context_dim), folder / "words.safetensors")
     return folder
 
 
@@ -29,7 +29,7 @@ def random_svd(small_folder) -> SVD:
 
 
 @pytest.fixture(scope="session")
-def words(small_folder) -> captions.Words:
+def words(small_folder) -> captions.CaptionEmbedding:
     return captions.load(small_folder / "words.safetensors")
 
 

@@ -165,7 +165,7 @@ def test_heat_maps_are_light_where_a_token_is_attended_to():
 
 def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words, tmp_path):
     settings = Settings(
-        motions=1, targets=2, steps=2, ablation_motions=1, inversion_seeds=1, kind_targets=1, noise_levels=1,
+        motions=1, targets=1, steps=2, ablation_motions=1, inversion_seeds=1, kind_targets=1, noise_levels=1,
         cached_views=1,
     )  # fmt: skip
     evaluation = Evaluation(random_svd, words, 0, settings, tmp_path)
