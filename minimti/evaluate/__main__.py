@@ -11,12 +11,14 @@ from minimti.checkpoint.load import open_checkpoint
 from minimti.evaluate.evaluation import Evaluation, Settings
 from minimti.evaluate.experiments import EXPERIMENTS
 from minimti.evaluate.results import HEADER, Results
+from minimti.invert import make_recipe
 from minimti.io.files import InputError, check_writable, make_folder
 from minimti.world import captions
 from minimti.world.clips import check_sizes
 
 
 def parse() -> argparse.Namespace:
+    """The command line. Ends the program with exit code 2 where it is wrong."""
     parser = cli.Parser(prog="python -m minimti.evaluate", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", default="tiny", metavar="NAME|PATH", help="a model made by minimti.pretrain (default: %(default)s)")
@@ -38,6 +40,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Runs the experiments for each seed and prints their table. Raises InputError where an input is unusable."""
     args = parse()
     if args.json:
         check_writable(args.json)
@@ -48,7 +51,8 @@ def main() -> None:
         raise InputError(f"{checkpoint.path}: does not fit words.safetensors in its folder; they have another width")
     svd = pipeline.load(checkpoint, device="cpu")
     settings = Settings(motions=args.motions, targets=args.targets, steps=args.steps)
-    results = Results(args.json and Path(args.json), asdict(settings), fingerprint(svd.unet))
+    determinants = {**asdict(settings), "recipe": asdict(make_recipe(svd.config))}
+    results = Results(Path(args.json) if args.json else None, determinants, fingerprint(svd.unet))
     seeds = [*dict.fromkeys(args.seeds)]
     folders = {seed: Path(args.out) / f"seed{seed}" for seed in seeds}
     for folder in folders.values():

@@ -39,7 +39,7 @@ GAITS = (Wave(0.2, 4), Wave(0.2, 8))  # two rhythms of the same movement
 
 
 def caption(evaluation: Evaluation) -> Result:
-    """The reference's program in words: the best that the model can do, and a bound for what an inversion can reach."""
+    """The reference's program in words: what the model does with a perfect description of the motion."""
     return {"true caption": judge(evaluation, lambda case: evaluation.caption(case.reference))}
 
 
@@ -53,7 +53,7 @@ def transfer(evaluation: Evaluation) -> Result:
 
 
 def baselines(evaluation: Evaluation) -> Result:
-    """Section 4.1: what is to be had without an optimisation.
+    """Section 4.1: conditioning without any optimisation.
 
     "target's image": plain image-to-video, conditioned on the target's own embedding. "reference's frames": the
     embeddings of the reference's frames, with which an inversion begins.
@@ -67,8 +67,8 @@ def baselines(evaluation: Evaluation) -> Result:
 def flipped(evaluation: Evaluation) -> Result:
     """Figure 13: a mirrored target moves in the mirrored direction.
 
-    The rate of mirrored targets that move as their heading says, rather than as the target did before it was mirrored.
-    Targets are left out whose motion is the same either way.
+    The rate of mirrored targets that move by their new heading, rather than by the one before. Targets are left out
+    for which both are the same motion.
     """
     answers: Values = {}
     rows = []
@@ -182,7 +182,7 @@ def ablation(evaluation: Evaluation) -> Result:
 
 
 def optimiser(evaluation: Evaluation) -> Result:
-    """Our recipe and the paper's (B.2), which takes twice the steps."""
+    """The recipe "muon" beside that of the paper (B.2), which takes twice the steps."""
     return {recipe: over_seeds(evaluation, evaluation.inversion(recipe)) for recipe in ("muon", "paper")}
 
 

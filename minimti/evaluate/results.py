@@ -16,10 +16,10 @@ HEADER = "| experiment | quantity | mean | deviation over motions | over seeds |
 
 
 class Results:
-    """The results of experiments, by seed. With a path they are also in that file after every `add`.
+    """The results of experiments, by seed; with a path also in that file, which every `add` writes.
 
-    A file of the same settings that exists already is continued. Raises InputError where it cannot be written, or holds
-    results of other settings or something else.
+    An existing file with the same settings is continued. Raises InputError where the file cannot be written, or holds
+    results of other settings, of other weights, or something else.
     """
 
     def __init__(self, path: Path | None, settings: dict, fingerprint: dict[str, list[float]]):
@@ -30,11 +30,14 @@ class Results:
             self.content["seeds"] = self._existing(self.path)
 
     def _existing(self, path: Path) -> dict:
+        """The part "seeds" of a file, after the checks."""
         try:
             found = json.loads(path.read_text())
             settings, fingerprint, seeds = found["settings"], found["fingerprint"], found["seeds"]
+            if not all(isinstance(part, dict) for part in (settings, fingerprint, seeds)):
+                raise TypeError("not dictionaries")
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: is no file of minimti.evaluate; name another one") from error
+            raise InputError(f"{path}: was not written by minimti.evaluate; name another file") from error
         mine = self.content["settings"]
         other = [f"{key} {settings.get(key)}, not {value}" for key, value in mine.items() if settings.get(key) != value]
         if other:

@@ -53,8 +53,9 @@ def test_a_file_is_continued_by_a_run_of_the_same_settings(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "is no file of minimti.evaluate"),
-        ("[]", "is no file of minimti.evaluate"),
+        ("{", "was not written by minimti.evaluate"),
+        ("[]", "was not written by minimti.evaluate"),
+        ('{"settings": [], "fingerprint": {}, "seeds": {}}', "was not written by minimti.evaluate"),
         ('{"settings": {"motions": 3}, "fingerprint": {}, "seeds": {}}', "motions 3, not 2"),
         ('{"settings": {"motions": 2}, "fingerprint": {"layer.weight": [0.5, 2.0]}, "seeds": {}}', "of other weights"),
     ],
