@@ -1,230 +1,274 @@
-"""The laboratory of the experiments: motions of the procedural world, their embeddings, and how clips are judged.
+"""What the experiments share: motions of the procedural world, their embeddings, and the measures of a generated clip.
 
-An error is 0 where a clip moves as it should and 1 where it is as wrong as one that stands still
-(`tracker.motion_error`).
+A motion error is 0 where a clip moves as it should and 1 where it is as wrong as a clip that stands still
+(`world.tracker.motion_error`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minimti import edm, motion
+from minimti import edm, pipeline
+from minimti.checkpoint.fingerprint import fingerprint
 from minimti.config import SVDConfig
-from minimti.invert import SAVING, VIEWS, invert, recipe, view
-from minimti.io import video
-from minimti.motion import NUM_TOKENS
-from minimti.svd import GUIDANCE, SVD, Conditioning
+from minimti.invert import Recipe, make_recipe
+from minimti.io.video import Clip
+from minimti.motion import NUM_TOKENS, Motion
+from minimti.pipeline import Progress
+from minimti.svd import GUIDANCE, SVD
 from minimti.world import captions
 from minimti.world.clips import first_frame, pixels
-from minimti.world.scene import Scene, Trajectory, flip, paint, random_scene, render, trajectory
+from minimti.world.scene import Scene, Trajectory, Wave, flip, paint, random_scene, render, trajectory
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import motion_error, track
 
-Tokens = tuple[Tensor, Tensor]  # spatial [1, F, N, d], temporal [1, N, d]; the first axis may also be that of clips
-
-ALONE = (1.0, 3.0)  # guidance without an image
-DIFFERENT = 0.5  # the motion error of one motion against another, from which a clip can tell which it follows
-LEVELS = 8
-FORM = (15, NUM_TOKENS)  # (F', N) of the paper, for 14 frames
+DISTINCT = 0.5  # motion error between two motions, below which a clip cannot show which of them it follows
 
 
-# ---------------------------------------------------------------------------------------------- what is transferred
+@dataclass(frozen=True)
+class Settings:
+    """How much the experiments measure."""
+
+    motions: int = 8  # reference clips
+    targets: int = 4  # clips to which each motion is transferred
+    steps: int | None = None  # of an inversion by the model's own recipe (None: as the recipe says)
+    ablation_motions: int = 3  # the first motions, in the experiments that invert each of them many times
+    inversion_seeds: int = 2  # inversions of each motion in `ablation` and `optimiser`
+    kind_targets: int = 2  # targets of each motion in `kinds`
+    noise_levels: int = 8  # at which the model's loss is taken
+    cached_views: int | None = None  # in every recipe, so that recipes differ in the optimisation only (None: as own)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How an embedding is learned."""
+
+    recipe: Recipe
+    seed: int
+    num_tokens: int = NUM_TOKENS  # N, tokens per set
+    shared: bool = False  # one set for all frames and for the layers over time: F' = 1 in the paper
 
 
 @dataclass(frozen=True)
 class Case:
-    """A motion: a reference, and targets that shall move as it does."""
+    """A motion: the reference that shows it, and the targets that should move in the same way."""
 
     reference: Scene
     targets: tuple[Scene, ...]
 
 
-def random_case(rng: np.random.Generator, config: SVDConfig, num_targets: int, **properties) -> Case:
-    """Targets of other shapes, colours and places; every other one faces the other way than the reference.
+def random_case(
+    rng: np.random.Generator,
+    config: SVDConfig,
+    num_targets: int,
+    *,
+    num_sprites: int = 1,
+    program: tuple[str, ...] | None = None,
+    wave: Wave | None = None,
+) -> Case:
+    """A reference, and targets of other shapes, colours and places, in the size and length of `config`'s clips.
 
-    properties: of `random_scene`.
+    Targets face in the direction opposite to the reference's and in the same direction by turns. `num_sprites`,
+    `program` and `wave` are those of `random_scene`.
     """
-    size = config.size[::-1]
-    reference = random_scene(rng, size, config.num_frames, **properties)
-    properties["program"] = reference.program
-    properties["shapes"] = tuple(shape for shape in SHAPES if shape not in [s.shape for s in reference.sprites])
+    size = config.size[::-1]  # height, width
+    reference = random_scene(rng, size, config.num_frames, num_sprites, program, wave=wave)
+    others = tuple(shape for shape in SHAPES if shape not in [sprite.shape for sprite in reference.sprites])
     targets = []
     for i in range(num_targets):
-        scene = random_scene(rng, size, config.num_frames, **properties)
+        scene = random_scene(rng, size, config.num_frames, num_sprites, reference.program, others, wave=wave)
         opposite = scene.sprites[0].facing != reference.sprites[0].facing
         targets.append(flip(scene) if opposite == bool(i % 2) else scene)
     return Case(reference, tuple(targets))
 
 
-@dataclass
-class OneSet(motion.Motion):
-    """F' = 1: tokens [1, N, d], the same for every frame and over time."""
-
-    frames: int = 0
-
-    @property
-    def sets(self) -> Tokens:
-        return self.tokens[None].expand(-1, self.frames, -1, -1), self.tokens
+# ---------------------------------------------------------------------------------------------- measures of a clip
 
 
-# ---------------------------------------------------------------------------------------------- what is measured
+def clip_error(clip: np.ndarray, scene: Scene) -> float:
+    """The motion error of a clip uint8 [F, 3, H, W] that should show `scene`; with two sprites, their mean."""
+    paths = trajectory(scene)
+    return float(np.mean([motion_error(track(clip, scene, i), path) for i, path in enumerate(paths)]))
 
 
-def motion_errors(clips: np.ndarray, scenes: list[Scene]) -> list[float]:
-    """Of each clip uint8 [F, 3, H, W] against its scene; of two sprites the mean."""
-    return [
-        float(np.mean([motion_error(track(clip, scene, i), path) for i, path in enumerate(trajectory(scene))]))
-        for clip, scene in zip(clips, scenes)
-    ]
+def clip_errors(clips: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[float]:
+    """`clip_error` of each clip and its scene."""
+    return [clip_error(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
 
 
 def follows(clip: np.ndarray, scene: Scene, wanted: Trajectory, other: Trajectory) -> bool | None:
-    """Whether the sprite of a clip moves rather as wanted than otherwise; None where the two are too much alike."""
-    if motion_error(other, wanted) < DIFFERENT:
+    """Whether the sprite of a clip uint8 [F, 3, H, W] moves more like `wanted` than like `other`.
+
+    `scene` gives the sprite's look and its place in the first frame. None where the two motions are too similar
+    (a motion error below DISTINCT).
+    """
+    if motion_error(other, wanted) < DISTINCT:
         return None
     tracked = track(clip, scene)
     return motion_error(tracked, wanted) < motion_error(tracked, other)
 
 
 def mirrored_motion(path: Trajectory, scene: Scene) -> Trajectory:
-    """Where the scene's sprite would go if it moved as the path of its mirror image does in the picture."""
+    """Where the sprite of `scene` would go if it repeated, in picture coordinates, the path of its mirror image."""
     own = trajectory(scene)[0]
     return replace(own, x=own.x[0] + path.x - path.x[0], angle=own.angle[0] - (path.angle - path.angle[0]))
 
 
-def colour(clip: np.ndarray, scene: Scene) -> np.ndarray:
-    """RGB in [0,1] of the sprite's body in a clip, mean over its frames."""
-    sprite = replace(scene.sprites[0], colour=(1.0, 1.0, 1.0))  # whatever is painted white is body, not detail
+def body_colour(clip: np.ndarray, scene: Scene) -> np.ndarray:
+    """Mean colour of the sprite's body in a clip uint8 [F, 3, H, W]: RGB [3] in [0,1], zeros where it has vanished."""
+    sprite = replace(scene.sprites[0], colour=(1.0, 1.0, 1.0))  # details become dark, so white pixels are the body
     canvas = np.zeros(clip.shape, np.float32)
     paint(canvas, sprite, track(clip, scene))
     body = canvas.min(axis=1) > 0.99  # [F, H, W]
     return np.array([clip[:, channel][body].mean() for channel in range(3)]) / 255 if body.any() else np.zeros(3)
 
 
-def summary(errors: list[list[float]]) -> dict:
-    """Of errors by motion and target: their mean, and the deviation of the motions' means."""
-    means = [float(np.mean(of_motion)) for of_motion in errors]
-    return {"error": float(np.mean(means)), "deviation": float(np.std(means)), "motions": means}
-
-
-def rate(answers: list[bool | None]) -> dict:
-    told = [answer for answer in answers if answer is not None]
-    return {"rate": float(np.mean(told)) if told else None, "pairs": len(told)}
-
-
-# ---------------------------------------------------------------------------------------------- the laboratory
-
-
-def first_frames(scenes: Sequence[Scene]) -> Tensor:
-    """[B, 3, H, W] in [-1,1]."""
-    return pixels(np.stack([first_frame(scene) for scene in scenes]))
+# ---------------------------------------------------------------------------------------------- the evaluation
 
 
 class Evaluation:
-    """The model and the motions, and what several experiments ask of them."""
+    """A model, the motions of one seed, and what several experiments do with them. Runs on the CPU.
 
-    def __init__(
-        self, svd: SVD, table: captions.Words, seed: int, motions: int, targets: int, steps: int, folder: Path
-    ):
-        self.svd, self.table, self.config = svd, table, svd.config
-        self.seed, self.num_targets, self.steps, self.folder = seed, targets, steps, folder
-        self.cases = [random_case(self.rng(0, i), self.config, targets) for i in range(motions)]
-        self._learned, self.moved = cache(self._invert), cache(self._moved)
+    All random numbers follow from `seed`: the motions, the inversions, and the noise of the i-th target (seed + i).
+    """
+
+    def __init__(self, svd: SVD, words: captions.CaptionEmbedding, seed: int, settings: Settings, folder: Path):
+        """folder: where the experiments put their pictures; it exists."""
+        self.svd, self.words, self.config = svd, words, svd.config
+        self.seed, self.settings, self.folder = seed, settings, folder
+        drawn = [random_case(self.rng(0, i), self.config, settings.targets) for i in range(settings.motions)]
+        self.cases = {f"{i}: {' '.join(case.reference.program)}": case for i, case in enumerate(drawn)}
+        self.fingerprint = fingerprint(svd.unet)
+        self._motions: dict[tuple[Case, Inversion], Motion] = {}
+        self._clips: dict[tuple[Case, int], tuple[Motion | None, list[np.ndarray]]] = {}
 
     def rng(self, *numbers: int) -> np.random.Generator:
+        """A generator for the purpose that `numbers` stand for."""
         return np.random.default_rng((self.seed, *numbers))
 
-    def caption(self, scene: Scene) -> Tokens:
-        return captions.caption_tokens(self.table, [scene.program], self.config.num_frames)
+    # ------------------------------------------------------------------------------------------ embeddings
+
+    def caption(self, scene: Scene) -> Motion:
+        """The program of a scene as the embedding that pre-training gave to these words; one set, NUM_SLOTS tokens."""
+        _, tokens = captions.caption_tokens(self.words, [scene.program], self.config.num_frames)
+        return self._as_motion(tokens)
 
     @torch.no_grad()
-    def own(self, scenes: Sequence[Scene]) -> Tokens:
-        """The tokens of plain image-to-video, of as many clips as scenes."""
-        return self.svd.tokens_of(first_frames(scenes), self.config.num_frames)
+    def image_embedding(self, scene: Scene) -> Motion:
+        """The embedding of a scene's first frame, on which plain image-to-video conditions; one set, one token."""
+        return self._as_motion(self.svd.embed(pixels(first_frame(scene))[None])[None])  # [1, 1, d]
 
     @torch.no_grad()
-    def embeddings(self, reference: Scene) -> Tensor:
-        """CLIP embeddings of all its frames, [F, d]."""
-        return self.svd.embed(pixels(render(reference)))
+    def frame_embeddings(self, scene: Scene) -> Motion:
+        """The image embedding of every frame of a scene, their mean as temporal token: an inversion's start in B.2."""
+        embeddings = self.svd.embed(pixels(render(scene)))  # [F, d]
+        return self._as_motion(torch.cat([embeddings, embeddings.mean(0, keepdim=True)])[:, None])  # [F + 1, 1, d]
 
-    def num_steps(self, paper: bool) -> int:
-        """Of an inversion; the paper's recipe takes SAVING times ours."""
-        return self.steps * SAVING if paper else self.steps
+    def _as_motion(self, tokens: Tensor) -> Motion:
+        """Tokens [F + 1, N, d] or [1, N, d] that nothing was optimised for."""
+        config = self.config
+        return Motion(
+            tokens=tokens,
+            num_frames=config.num_frames,
+            model=config.name,
+            micro=config.micro,
+            size=config.size,
+            steps=0,
+            seed=self.seed,
+            fingerprint=self.fingerprint,
+        )
 
-    def inversion(
-        self,
-        reference: Scene,
-        form: tuple[int, int] = FORM,
-        seed: int = 0,
-        p_mean: float | None = None,
-        paper: bool = False,
-    ) -> Iterator[Tokens]:
-        """The tokens of the form (F', N) before the first step and after every one; by the paper's recipe if asked."""
-        config, svd = self.config, self.svd
-        clip, noise = pixels(render(reference)), torch.Generator().manual_seed(seed)
-        tokens = motion.initialise(self.embeddings(reference), form[1], noise, paper)
-        about = {"model": config.name, "micro": config.micro, "size": config.size, "steps": 0, "seed": seed}
-        if form[0] == 1:
-            learned = OneSet(tokens[-1:].clone(), frames=config.num_frames, **about)
-        else:
-            learned = motion.Motion(tokens, **about)
-        cached = [view(svd, clip, learned, True, k) for k in range(VIEWS)]
-        settings = recipe(config, paper) | {"steps": self.num_steps(paper)}
-        if p_mean is not None:
-            settings["p_mean"] = p_mean
-        yield tuple(t.detach().clone() for t in learned.sets)
-        for _ in invert(svd, lambda step: cached[step % len(cached)], learned, **settings):
-            yield tuple(t.detach().clone() for t in learned.sets)
+    def inversion(self, recipe: str | None = None) -> Inversion:
+        """The model's own way to learn an embedding, or that of the recipe "paper" or "muon".
 
-    def learned(self, case: Case, form: tuple[int, int] = FORM, seed: int = 0, paper: bool = False) -> Tokens:
-        """The motion of a case as an embedding; remembered."""
-        return self._learned(case, form, seed, paper)
-
-    def _invert(self, case: Case, form: tuple[int, int], seed: int, paper: bool) -> Tokens:
-        *_, last = self.inversion(case.reference, form, seed, paper=paper)
-        return last
-
-    @torch.no_grad()
-    def generate(self, scenes: Sequence[Scene], tokens: Tokens, image: bool = True) -> np.ndarray:
-        """uint8 [B, F, 3, H, W]: the first frames of scenes under the tokens of one clip or of as many.
-
-        Without `image`, the motion alone.
+        `Settings.steps` are those of the model's own recipe; other recipes keep their ratio to it.
         """
-        noise = torch.Generator().manual_seed(self.seed)
-        cond = self._conditioning(first_frames(scenes), tokens, noise)
-        n = torch.randn(cond.concat.shape, generator=noise)
-        cond, guidance = (cond, GUIDANCE) if image else (cond.without_image(), ALONE)
-        *_, x = self.svd.sample(cond, n, self.config.num_steps, guidance)
-        return video.to_bytes(self.svd.decode(x)).numpy()
+        own, chosen = make_recipe(self.config), make_recipe(self.config, recipe)
+        steps = chosen.steps * (self.settings.steps or own.steps) // own.steps
+        num_views = self.settings.cached_views or own.num_cached_views
+        return Inversion(replace(chosen, steps=steps, num_cached_views=num_views), self.seed)
+
+    def learn(self, case: Case, inversion: Inversion | None = None) -> Motion:
+        """The motion of a case's reference as an embedding, by the model's own recipe unless told; remembered."""
+        inversion = inversion or self.inversion()
+        if (case, inversion) not in self._motions:
+            *_, self._motions[case, inversion] = self.snapshots(case, inversion, [inversion.recipe.steps])
+        return self._motions[case, inversion]
+
+    def snapshots(self, case: Case, inversion: Inversion, steps: Sequence[int]) -> list[Motion]:
+        """The embedding during one inversion, after each number of `steps`; 0 is its start."""
+        kept: dict[int, Motion] = {}
+
+        def keep(progress: Progress) -> None:
+            if progress.stage == "learn" and progress.motion is not None and progress.step in steps:
+                kept[progress.step] = replace(progress.motion, tokens=progress.motion.tokens.detach().clone())
+
+        width, height = self.config.size
+        frames, fps = pixels(render(case.reference)), self.config.micro.fps_id + 1
+        times = tuple(i / fps for i in range(len(frames)))
+        pipeline.learn(
+            self.svd,
+            Clip(frames, fps, times, source="procedural world", source_size=(width, height)),
+            recipe=inversion.recipe,
+            num_tokens=inversion.num_tokens,
+            shared=inversion.shared,
+            seed=inversion.seed,
+            progress=keep,
+        )
+        return [kept[step] for step in steps]
+
+    # ------------------------------------------------------------------------------------------ videos
+
+    def animate(self, scene: Scene, motion: Motion | None, index: int, unconditional: bool = False) -> np.ndarray:
+        """The first frame of a scene under an embedding: uint8 [F, 3, H, W]. None: plain image-to-video.
+
+        `index` numbers the targets of a motion; each has its own noise. `unconditional` leaves out the image.
+        """
+        image = pixels(first_frame(scene))[None]
+        # The default guidance without an image is the paper's, for SVD; the weaker one with an image serves here.
+        video = pipeline.animate(
+            self.svd, motion, image, guidance=GUIDANCE, seed=self.seed + index, unconditional=unconditional
+        )
+        return video.numpy()
+
+    def animate_all(self, scenes: Sequence[Scene], motion: Motion | None) -> list[np.ndarray]:
+        """`animate` for the targets of one motion."""
+        return [self.animate(scene, motion, i) for i, scene in enumerate(scenes)]
+
+    def clips(self, case: Case, motion: Motion | None) -> list[np.ndarray]:
+        """`animate_all` for the targets of a case; remembered for each motion object."""
+        key = case, id(motion)
+        if key not in self._clips:
+            self._clips[key] = motion, self.animate_all(case.targets, motion)  # a motion that is kept keeps its id
+        return self._clips[key][1]
+
+    # ------------------------------------------------------------------------------------------ measures
+
+    def errors(self, case: Case, motion: Motion | None) -> list[float]:
+        """The motion error of each target of a case under an embedding."""
+        return clip_errors(self.clips(case, motion), case.targets)
+
+    def losses(self, case: Case, motion: Motion | None) -> list[float]:
+        """The model's loss on the true clip of each target of a case, under an embedding."""
+        return [self.loss(scene, motion, i) for i, scene in enumerate(case.targets)]
 
     @torch.no_grad()
-    def loss(self, scenes: Sequence[Scene], tokens: Tokens) -> float:
-        """The model's loss on the clips that scenes truly are, mean over LEVELS noise levels; tokens as of `generate`.
+    def loss(self, scene: Scene, motion: Motion | None, index: int) -> float:
+        """The model's loss (equation 3) on the clip that `scene` describes, given its first frame and an embedding.
 
-        It tells embeddings apart before a model draws well: the better they know the motion, the lower it is.
+        A mean over noise levels, evenly spread over SVD's training distribution. The better an embedding describes
+        the motion, the lower its loss, even where the model is too weak to draw it.
         """
-        noise, clips = torch.Generator().manual_seed(self.seed), pixels(np.stack([render(scene) for scene in scenes]))
-        x0, losses = self.svd.encode(clips), []
-        network = self.svd.network(self._conditioning(clips[:, 0], tokens, noise))
-        for quantile in (torch.arange(LEVELS) + 0.5) / LEVELS:
-            config = self.config
-            sigma = edm.training_sigma(quantile, config.p_mean, config.p_std, config.sigma_max).expand(len(x0))
+        config, noise = self.config, torch.Generator().manual_seed(self.seed + index)
+        clip = pixels(render(scene))[None]  # [1, F, 3, H, W]
+        tokens = motion.sets if motion else self.svd.tokens_of(clip[:, 0], config.num_frames)
+        network = self.svd.network(self.svd.prepare(clip[:, 0], tokens, config.micro, noise))
+        x0, levels, losses = self.svd.encode(clip), self.settings.noise_levels, []
+        for quantile in (torch.arange(levels) + 0.5) / levels:
+            sigma = edm.training_sigma(quantile[None], config.p_mean, config.p_std, config.sigma_max)
             losses.append(edm.loss(network, x0, sigma, torch.randn(x0.shape, generator=noise)))
         return torch.stack(losses).mean().item()
-
-    def _conditioning(self, images: Tensor, tokens: Tokens, noise: torch.Generator) -> Conditioning:
-        spatial, temporal = (t.expand(len(images), *t.shape[1:]) for t in tokens)
-        return self.svd.prepare(images, (spatial, temporal), self.config.micro, noise)
-
-    def _moved(self, case: Case) -> np.ndarray:
-        """The targets of a case under its embedding; remembered."""
-        return self.generate(case.targets, self.learned(case))
-
-    def transferred(self, case: Case, tokens: Tokens) -> list[float]:
-        """The errors of a case's targets under tokens."""
-        return motion_errors(self.generate(case.targets, tokens), list(case.targets))

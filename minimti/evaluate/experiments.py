@@ -1,8 +1,11 @@
-"""The paper's experiments on the embedded model, measured:  python -m minimti.evaluate --out FOLDER"""
+"""The paper's experiments, a function each. Section, figure and equation numbers are the paper's.
 
-from collections.abc import Callable, Iterator
+An experiment takes an `Evaluation`, writes its pictures into `Evaluation.folder`, and returns what it measured: by the
+label of a table row and by quantity, a value for every target of every motion.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -10,233 +13,301 @@ from torch import Tensor
 
 from minimti.evaluate import figures
 from minimti.evaluate.evaluation import (
-    FORM,
     Case,
     Evaluation,
-    Tokens,
-    colour,
+    Inversion,
+    body_colour,
     follows,
     mirrored_motion,
-    motion_errors,
     random_case,
-    rate,
-    summary,
 )
-from minimti.motion import NUM_TOKENS
-from minimti.networks.attention import TransformerBlock
+from minimti.evaluate.results import Result, Values
+from minimti.motion import NUM_TOKENS, Motion
+from minimti.networks.attention import CrossAttention, TransformerBlock
 from minimti.svd import SVD
-from minimti.world import captions
+from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
-from minimti.world.scene import CAMERA_WORDS, Wave, flip, render, trajectory
+from minimti.world.scene import CAMERA_WORDS, Scene, Wave, flip, render, trajectory
+from minimti.world.shapes import SHAPES
 from minimti.world.tracker import search
 
-ABLATED = 3  # motions in the experiments that invert them over and over
-SEEDS = 2
-FORMS = ((1, 1), (1, 15), (15, 1), FORM, (15, 15))  # of figure 9
-CURVE = (0, 0.05, 0.15, 0.4, 1)  # of the steps
-MILESTONES = (0, 0.25, 0.5, 1)
-P_MEANS = (1.0, 2.8)  # of SVD's training, of the paper's inversion; the model's own comes beside them
-GAITS = (Wave(0.2, 4), Wave(0.2, 8))
+TOKEN_LAYOUTS = ((True, 1), (True, 15), (False, 1), (False, NUM_TOKENS), (False, 15))  # (shared, N) of figure 9
+CURVE = (0, 0.05, 0.15, 0.4, 1)  # shares of an inversion's steps after which `iterations` measures the error
+MILESTONES = (0, 0.25, 0.5, 1)  # the same, for the pictures of `unconditional`
+P_MEANS = (1.0, 2.8)  # mean of ln(sigma) in SVD's training and in the paper's inversion; the model's own is added
+GAITS = (Wave(0.2, 4), Wave(0.2, 8))  # two rhythms of the same movement
 
 
-def judged(lab: Evaluation, tokens_of: Callable[[Case], Tokens]) -> dict:
-    """The errors of all targets under the tokens of their case, and the loss on what they truly show."""
-    errors = [lab.transferred(case, tokens_of(case)) for case in lab.cases]
-    return summary(errors) | {"loss": float(np.mean([lab.loss(c.targets, tokens_of(c)) for c in lab.cases]))}
+def caption(evaluation: Evaluation) -> Result:
+    """The reference's program in words: what the model does with a perfect description of the motion."""
+    return {"true caption": judge(evaluation, lambda case: evaluation.caption(case.reference))}
 
 
-def caption(lab: Evaluation) -> dict:
-    """The true caption: what the model can do at best."""
-    return judged(lab, lambda case: lab.caption(case.reference))
+def transfer(evaluation: Evaluation) -> Result:
+    """Figures 1, 7, 8: motion transfer by motion-textual inversion, F + 1 sets of NUM_TOKENS tokens."""
+    rows = []
+    for case in evaluation.cases.values():
+        rows += [render(case.reference), *evaluation.clips(case, evaluation.learn(case))[:2]]
+    figures.write_rows(evaluation.folder / "transfer.png", rows[: 3 * figures.MOTIONS])
+    return {"learned motion": judge(evaluation, evaluation.learn)}
 
 
-def transfer(lab: Evaluation) -> dict:
-    """Figures 1, 7, 8: motion-textual inversion, 14 + 1 sets of five tokens."""
-    errors, rows = [], []
-    for i, case in enumerate(lab.cases):
-        clips = lab.moved(case)
-        errors.append(motion_errors(clips, list(case.targets)))
-        if i < figures.ROWS:
-            rows += [render(case.reference), *clips[:2]]
-    figures.write_rows(lab.folder / "transfer.png", rows)
-    loss = np.mean([lab.loss(case.targets, lab.learned(case)) for case in lab.cases])
-    return summary(errors) | {"loss": float(loss)}
+def baselines(evaluation: Evaluation) -> Result:
+    """Section 4.1: conditioning without any optimisation.
 
-
-def baselines(lab: Evaluation) -> dict:
-    """The target's own embedding, as in SVD; and the embeddings of the reference's frames, nothing optimised."""
-
-    def frames(case: Case) -> Tokens:
-        embeddings = lab.embeddings(case.reference)
-        return embeddings[None, :, None], embeddings.mean(0)[None, None]
-
-    found = {"image": judged(lab, lambda case: lab.own(case.targets)), "frames": judged(lab, frames)}
-    return {"error": min(part["error"] for part in found.values()), **found}
-
-
-def ablation(lab: Evaluation) -> dict:
-    """Figure 9: how many sets, and how many tokens in each."""
-    found = {f"{form[0]}x{form[1]}": over_seeds(lab, form) for form in FORMS}
-    return {"error": found[f"15x{NUM_TOKENS}"]["error"], **found}
-
-
-def optimiser(lab: Evaluation) -> dict:
-    """The recipe of train.py beside the paper's, which takes `invert.SAVING` times the steps."""
-    found = {"ours": over_seeds(lab), "the paper's": over_seeds(lab, paper=True)}
-    return {"error": found["ours"]["error"], **found}
-
-
-def over_seeds(lab: Evaluation, form: tuple[int, int] = FORM, paper: bool = False) -> dict:
-    """The error of some motions' transfer, for each seed of an inversion; and the loss on the targets' true clips."""
-    by_seed, losses = [], []
-    for seed in range(SEEDS):
-        learned = [(case, lab.learned(case, form, seed, paper)) for case in lab.cases[:ABLATED]]
-        by_seed.append(float(np.mean([lab.transferred(case, tokens) for case, tokens in learned])))
-        losses.append(float(np.mean([lab.loss(case.targets, tokens) for case, tokens in learned])))
-    return {"error": float(np.mean(by_seed)), "seeds": by_seed, "loss": float(np.mean(losses)), "losses": losses}
-
-
-def flipped(lab: Evaluation) -> dict:
-    """Figure 13: a mirrored target moves the other way."""
-    answers, rows = [], []
-    for i, case in enumerate(lab.cases):
-        scenes = [flip(scene) for scene in case.targets]
-        clips = lab.generate(scenes, lab.learned(case))
-        for clip, scene, before in zip(clips, scenes, case.targets):
-            other = mirrored_motion(trajectory(before)[0], scene)
-            answers.append(follows(clip, scene, trajectory(scene)[0], other))
-        if i < figures.ROWS:
-            rows += [lab.moved(case)[0], clips[0]]
-    figures.write_rows(lab.folder / "flip.png", rows)
-    return rate(answers)
-
-
-def swap(lab: Evaluation) -> dict:
-    """Figure 3: the embeddings of two images are exchanged; each moves as the other one would by habit."""
-    rng, answers, rows = lab.rng(1), [], []
-    for i in range(2 * len(lab.cases)):
-        pair = [habitual_scene(rng, lab.config) for _ in range(2)]
-        spatial, temporal = lab.own(pair)
-        clips = lab.generate(pair, (spatial.flip(0), temporal.flip(0)))
-        for clip, scene, other in zip(clips, pair, pair[::-1]):
-            (sprite,), theirs = scene.sprites, other.sprites[0]
-            wanted = replace(scene, program=other.program, sprites=(replace(sprite, wave=theirs.wave),))
-            answers.append(follows(clip, scene, trajectory(wanted)[0], trajectory(scene)[0]))
-        if i < figures.ROWS:
-            rows += [*clips]
-    figures.write_rows(lab.folder / "swap.png", rows)
-    return rate(answers)
-
-
-def appearance(lab: Evaluation) -> dict:
-    """Section 3.2.1: colour and shape stay the target's, none of the reference's comes along.
-
-    Colours differ by at most sqrt(3). Plain: sampled with the target's own embedding.
+    "target's image": plain image-to-video, conditioned on the target's own embedding. "reference's frames": the
+    embeddings of the reference's frames, with which an inversion begins.
     """
-    found = {"plain": [], "transfer": []}
-    own_colour, own_shape = [], []
-    for case in lab.cases:
-        reference = case.reference.sprites[0]
-        plain = lab.generate(case.targets, lab.own(case.targets))
-        for name, clips in (("plain", plain), ("transfer", lab.moved(case))):
-            for clip, scene in zip(clips, case.targets):
-                seen = colour(clip, scene)
-                error = float(np.linalg.norm(seen - scene.sprites[0].colour))
-                found[name].append(error)
-                if name == "transfer":
-                    own_colour.append(error < np.linalg.norm(seen - reference.colour))
-                    disguised = replace(scene, sprites=(replace(scene.sprites[0], shape=reference.shape),))
-                    unlike = [search(clip.astype(np.float32) / 255, s)[1].mean() for s in (scene, disguised)]
-                    own_shape.append(bool(unlike[0] < unlike[1]))
     return {
-        "error": float(np.mean(found["transfer"])),
-        "plain": float(np.mean(found["plain"])),
-        "own colour": float(np.mean(own_colour)),
-        "own shape": float(np.mean(own_shape)),
+        "target's image": judge(evaluation, lambda case: None),
+        "reference's frames": judge(evaluation, lambda case: evaluation.frame_embeddings(case.reference)),
     }
 
 
-def kinds(lab: Evaluation) -> dict:
-    """Figures 8 and 12: two sprites, camera motion, and gaits that differ in rhythm only."""
-    found = {}
-    properties = {
-        "two sprites": [{"num_sprites": 2}] * 2,
-        "camera": [{"program": (word,) * captions.NUM_SLOTS} for word in CAMERA_WORDS],
-        "gait": [{"program": ("forward",) * captions.NUM_SLOTS, "wave": wave} for wave in GAITS],
+def flipped(evaluation: Evaluation) -> Result:
+    """Figure 13: a mirrored target moves in the mirrored direction.
+
+    The rate of mirrored targets that move by their new heading, rather than by the one before. Targets are left out
+    for which both are the same motion.
+    """
+    answers: Values = {}
+    rows = []
+    for name, case in evaluation.cases.items():
+        scenes = [flip(scene) for scene in case.targets]
+        motion = evaluation.learn(case)
+        clips = evaluation.animate_all(scenes, motion)
+        answers[name] = [follows_mirrored(clip, scene) for clip, scene in zip(clips, scenes)]
+        rows += [evaluation.clips(case, motion)[0], clips[0]]
+    figures.write_rows(evaluation.folder / "flip.png", rows[: 2 * figures.MOTIONS])
+    return {"mirrored targets": {"rate": answers}}
+
+
+def follows_mirrored(clip: np.ndarray, mirrored: Scene) -> bool | None:
+    """Whether a clip of a mirrored target moves in the mirrored direction; None where there is no difference."""
+    unmirrored = trajectory(flip(mirrored))[0]
+    return follows(clip, mirrored, trajectory(mirrored)[0], mirrored_motion(unmirrored, mirrored))
+
+
+def swap(evaluation: Evaluation) -> Result:
+    """Figure 3: with the image embeddings of two images exchanged, each moves as the other would.
+
+    The rate of images that move by the other's habit rather than by their own, by the shape whose habit it is. Pairs
+    whose habits are too similar are left out.
+    """
+    rng, rows = evaluation.rng(1), []
+    answers: Values = {shape: [] for shape in SHAPES}
+    for i in range(2 * evaluation.settings.motions):
+        pair = [habitual_scene(rng, evaluation.config) for _ in range(2)]
+        for k, (scene, other) in enumerate((pair, pair[::-1])):
+            clip = evaluation.animate(scene, evaluation.image_embedding(other), 2 * i + k)
+            exchanged = trajectory(with_habit_of(scene, other))[0]
+            answers[other.sprites[0].shape].append(follows(clip, scene, exchanged, trajectory(scene)[0]))
+            rows.append(clip)
+    figures.write_rows(evaluation.folder / "swap.png", rows[: 2 * figures.MOTIONS])
+    return {"exchanged images": {"rate": answers}}
+
+
+def with_habit_of(scene: Scene, other: Scene) -> Scene:
+    """A scene of one sprite, with the program and the gait of another."""
+    sprite = replace(scene.sprites[0], wave=other.sprites[0].wave)
+    return replace(scene, program=other.program, sprites=(sprite,))
+
+
+def appearance(evaluation: Evaluation) -> Result:
+    """Section 3.2.1: colour and shape stay the target's; nothing of the reference's appearance is transferred.
+
+    "colour error": distance of the body's RGB from the target's, at most sqrt(3), under the learned motion and in plain
+    image-to-video. "colour kept", "shape kept": the rate of clips more similar to the target than to the reference.
+    """
+    errors, plain_errors, colour_kept, shape_kept = {}, {}, {}, {}
+    for name, case in evaluation.cases.items():
+        clips, plain = evaluation.clips(case, evaluation.learn(case)), evaluation.clips(case, None)
+        errors[name] = [colour_error(clip, scene) for clip, scene in zip(clips, case.targets)]
+        plain_errors[name] = [colour_error(clip, scene) for clip, scene in zip(plain, case.targets)]
+        colour_kept[name] = [keeps_colour(clip, scene, case.reference) for clip, scene in zip(clips, case.targets)]
+        shape_kept[name] = [keeps_shape(clip, scene, case.reference) for clip, scene in zip(clips, case.targets)]
+    return {
+        "learned motion": {"colour error": errors, "colour kept": colour_kept, "shape kept": shape_kept},
+        "target's image": {"colour error": plain_errors},
     }
-    for i, (name, variants) in enumerate(properties.items()):
-        cases = [random_case(lab.rng(2, i, k), lab.config, 2, **v) for k, v in enumerate(variants)]
-        found[name] = summary([lab.transferred(case, lab.learned(case)) for case in cases])
-    return {"error": float(np.mean([s["error"] for s in found.values()])), **found}
 
 
-def unconditional(lab: Evaluation) -> dict:
-    """Figure 6: the motion seen without an image, as the inversion goes on."""
-    case, steps = lab.cases[0], sorted({round(share * lab.steps) for share in MILESTONES})
-    kept = snapshots(lab.inversion(case.reference), steps)
-    clips = [lab.generate(case.targets[:1], tokens, image=False)[0] for tokens in kept]
-    figures.write_rows(lab.folder / "unconditional.png", [render(case.reference), *clips])
-    return {"steps": steps}
+def colour_error(clip: np.ndarray, scene: Scene) -> float:
+    """Distance in RGB between the sprite's body in a clip and its true colour."""
+    return float(np.linalg.norm(body_colour(clip, scene) - scene.sprites[0].colour))
 
 
-def attention(lab: Evaluation) -> dict:
-    """Figure 5: which places of each frame ask which token, with one token and with five."""
-    case, rows, spread = lab.cases[0], [], {}
-    for num_tokens in (1, NUM_TOKENS):
-        tokens, maps = lab.learned(case, (15, num_tokens)), []
-
-        def keep(block: torch.nn.Module, inputs: tuple[Tensor, ...], _, n=num_tokens, kept=maps) -> None:
-            x, keys, _ = inputs
-            weights = (x[-len(keys) :] @ keys).unflatten(-1, (-1, n)).softmax(-1) if n > 1 else x.new_ones(1, 1, 1, 1)
-            weights = weights.mean(2).expand(lab.config.num_frames, x.shape[1], n)  # over the heads: [F, L, N]
-            kept.append(weights)
-
-        hooks = [b.attn2.register_forward_hook(keep) for b in finest_blocks(lab.svd)]
-        clip = lab.generate(case.targets[:1], tokens)[0]
-        for hook in hooks:
-            hook.remove()
-        mean = torch.stack(maps).mean(0)  # over layers and steps
-        spread[str(num_tokens)] = float(mean.std(1).mean())
-        rows += [clip, *figures.heat(mean, lab.config)]
-    figures.write_rows(lab.folder / "attention.png", rows)
-    return {"deviation among places": spread}
+def keeps_colour(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:
+    """Whether the sprite's body in a clip of `scene` is nearer to its own colour than to the reference's."""
+    distance = np.linalg.norm(body_colour(clip, scene) - reference.sprites[0].colour)
+    return bool(colour_error(clip, scene) < distance)
 
 
-def iterations(lab: Evaluation) -> dict:
-    """B.2: the error against the steps of the paper's recipe, for three means of ln sigma.
+def keeps_shape(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:
+    """Whether the sprite in a clip of `scene` is better explained by its own shape than by the reference's."""
+    disguised = replace(scene.sprites[0], shape=reference.sprites[0].shape)
+    pixels = clip.astype(np.float32) / 255
+    own, other = (search(pixels, s)[1].mean() for s in (scene, replace(scene, sprites=(disguised,))))
+    return bool(own < other)
+
+
+def kinds(evaluation: Evaluation) -> Result:
+    """Figures 8 and 12: other kinds of motion: two sprites, camera motion, and gaits that differ only in rhythm."""
+    rng, config, num_targets = evaluation.rng, evaluation.config, evaluation.settings.kind_targets
+    forward = ("forward",) * NUM_SLOTS
+    cases = {
+        "two sprites": {str(k): random_case(rng(2, 0, k), config, num_targets, num_sprites=2) for k in range(2)},
+        "camera": {
+            word: random_case(rng(2, 1, k), config, num_targets, program=(word,) * NUM_SLOTS)
+            for k, word in enumerate(CAMERA_WORDS)
+        },
+        "gait": {
+            f"period {wave.period:g}": random_case(rng(2, 2, k), config, num_targets, program=forward, wave=wave)
+            for k, wave in enumerate(GAITS)
+        },
+    }
+    return {
+        kind: {"error": {name: evaluation.errors(case, evaluation.learn(case)) for name, case in of_kind.items()}}
+        for kind, of_kind in cases.items()
+    }
+
+
+def ablation(evaluation: Evaluation) -> Result:
+    """Figure 9: the number of sets F' (one for all, or F + 1) and of tokens N in each."""
+    num_sets, default = evaluation.config.num_frames + 1, evaluation.inversion()
+    return {
+        f"{1 if shared else num_sets} x {n}": over_seeds(evaluation, replace(default, shared=shared, num_tokens=n))
+        for shared, n in TOKEN_LAYOUTS
+    }
+
+
+def optimiser(evaluation: Evaluation) -> Result:
+    """The recipe "muon" beside that of the paper (B.2), which takes twice the steps."""
+    return {recipe: over_seeds(evaluation, evaluation.inversion(recipe)) for recipe in ("muon", "paper")}
+
+
+def iterations(evaluation: Evaluation) -> Result:
+    """B.2: the error after some of the steps of the paper's recipe, for three means of ln(sigma).
 
     At its constant rate a long inversion passes through the shorter ones.
     """
-    steps, curves = sorted({round(share * lab.num_steps(paper=True)) for share in CURVE}), {}
-    for p_mean in sorted({*P_MEANS, lab.config.p_mean}):
-        errors = [
-            [
-                float(np.mean(lab.transferred(case, tokens)))
-                for tokens in snapshots(lab.inversion(case.reference, p_mean=p_mean, paper=True), steps)
-            ]
-            for case in lab.cases[:ABLATED]
-        ]
-        curves[f"P_mean {p_mean:.1f}"] = np.mean(errors, axis=0).tolist()
-    figures.write_curves(lab.folder / "iterations.png", steps, curves)
-    return {"error": min(curve[-1] for curve in curves.values()), "steps": steps, "curves": curves}
+    inversion, cases = evaluation.inversion("paper"), first_cases(evaluation)
+    steps = shares_of(inversion, CURVE)
+    result: Result = {}
+    curves = {}
+    for p_mean in sorted({*P_MEANS, evaluation.config.p_mean}):
+        changed = replace(inversion, recipe=replace(inversion.recipe, p_mean=p_mean))
+        motions = {name: evaluation.snapshots(case, changed, steps) for name, case in cases.items()}
+        curve = []
+        for i, step in enumerate(steps):
+            errors = {name: evaluation.errors(case, motions[name][i]) for name, case in cases.items()}
+            result[f"P_mean {p_mean:.1f}, {step} steps"] = {"error": errors}
+            curve.append(float(np.mean([*errors.values()])))
+        curves[f"P_mean {p_mean:.1f}"] = curve
+    figures.write_curves(evaluation.folder / "iterations.png", steps, curves)
+    return result
 
 
-def snapshots(inversion: Iterator[Tokens], steps: list[int]) -> list[Tokens]:
-    """The tokens after each of the steps, which rise; step 0 comes before the first."""
-    last, kept = -1, []
-    for step in steps:
-        kept.append(next(islice(inversion, step - last - 1, None)))
-        last = step
-    return kept
+def unconditional(evaluation: Evaluation) -> Result:
+    """Figure 6: the first motion without an image, as the inversion goes on. A picture only."""
+    case, inversion = [*evaluation.cases.values()][0], evaluation.inversion()
+    motions = evaluation.snapshots(case, inversion, shares_of(inversion, MILESTONES))
+    clips = [evaluation.animate(case.targets[0], motion, 0, unconditional=True) for motion in motions]
+    figures.write_rows(evaluation.folder / "unconditional.png", [render(case.reference), *clips])
+    return {}
+
+
+def attention(evaluation: Evaluation) -> Result:
+    """Figure 5: how the positions of each frame distribute their attention over the tokens, with one token and five.
+
+    "deviation over positions": of a token's share of the attention; 0 where all positions attend alike.
+    """
+    name, case = [*evaluation.cases.items()][0]
+    result: Result = {}
+    rows = []
+    for n in (1, NUM_TOKENS):
+        motion = evaluation.learn(case, replace(evaluation.inversion(), num_tokens=n))
+        with AttentionMaps(evaluation.svd) as maps:
+            clip = evaluation.animate(case.targets[0], motion, 0)
+        mean = maps.mean()  # [F, L, N]
+        result[f"{n} token{'s' * (n > 1)}"] = {"deviation over positions": {name: [mean.std(1).mean().item()]}}
+        rows += [clip, *figures.heat_maps(mean, evaluation.config.size)]
+    figures.write_rows(evaluation.folder / "attention.png", rows)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- shared parts
+
+
+def judge(evaluation: Evaluation, motion_of: Callable[[Case], Motion | None]) -> dict[str, Values]:
+    """The motion error and the model's loss on all targets, each under the embedding of its case."""
+    motions = {name: motion_of(case) for name, case in evaluation.cases.items()}
+    return {
+        "error": {name: evaluation.errors(case, motions[name]) for name, case in evaluation.cases.items()},
+        "loss": {name: evaluation.losses(case, motions[name]) for name, case in evaluation.cases.items()},
+    }
+
+
+def over_seeds(evaluation: Evaluation, inversion: Inversion) -> dict[str, Values]:
+    """Error and loss of the first motions' targets, by several seeds of an inversion one after the other."""
+    errors: Values = {}
+    losses: Values = {}
+    for name, case in first_cases(evaluation).items():
+        errors[name], losses[name] = [], []
+        for seed in range(evaluation.settings.inversion_seeds):
+            motion = evaluation.learn(case, replace(inversion, seed=evaluation.seed + seed))
+            errors[name] += evaluation.errors(case, motion)
+            losses[name] += evaluation.losses(case, motion)
+    return {"error": errors, "loss": losses}
+
+
+def first_cases(evaluation: Evaluation) -> dict[str, Case]:
+    """The motions of the experiments that invert each of them many times."""
+    return dict([*evaluation.cases.items()][: evaluation.settings.ablation_motions])
+
+
+def shares_of(inversion: Inversion, shares: tuple[float, ...]) -> list[int]:
+    """Shares of an inversion's steps, as numbers of steps without repetition."""
+    return sorted({round(share * inversion.recipe.steps) for share in shares})
+
+
+class AttentionMaps:
+    """Records, between entering and leaving it, how the positions of each frame attend to their tokens (equation 4).
+
+    It looks at the conditional branch of guidance, in the spatial cross-attentions of `finest_blocks`.
+    """
+
+    def __init__(self, svd: SVD):
+        self.num_frames = svd.config.num_frames
+        self.layers = [block.attn2 for block in finest_blocks(svd)]
+        self.maps: list[Tensor] = []  # [F, L, N] for each layer and sampling step
+
+    def __enter__(self) -> "AttentionMaps":
+        self.hooks = [layer.register_forward_hook(self._record) for layer in self.layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def mean(self) -> Tensor:
+        """Attention weights [F, L, N], a mean over heads, layers and sampling steps; L positions, row by row."""
+        return torch.stack(self.maps).mean(0)
+
+    def _record(self, layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor], _: Tensor) -> None:
+        x, k, _ = (t[-self.num_frames :] for t in inputs)  # the batch of both branches ends with the conditional one
+        q = layer.split_heads(layer.to_q(x))  # [F, heads, L, head_dim]
+        weights = (q @ k.transpose(-2, -1) * layer.head_dim**-0.5).softmax(dim=-1)  # [F, heads, L, N]
+        self.maps.append(weights.mean(1))
 
 
 def finest_blocks(svd: SVD) -> list[TransformerBlock]:
     """The spatial transformer blocks of the finest level that has any, on the way up."""
-    *_, finest = (block.attentions for block in svd.unet.up_blocks if block.attentions)
+    *_, finest = (block.attentions for block in svd.unet.up_blocks if len(block.attentions))
     return [transformer.transformer_blocks[0] for transformer in finest]
 
 
-EXPERIMENTS: dict[str, Callable[[Evaluation], dict]] = {
+EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {
     "caption": caption,
     "transfer": transfer,
     "baselines": baselines,

@@ -1,7 +1,7 @@
 """Pictures of the experiments."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimti.config import SVDConfig
 from minimti.io import video
 from minimti.io.files import atomic_write
-from minimti.pretrain.stages import pixels
+from minimti.world.clips import pixels
 
-ROWS = 3  # motions in a picture of clips
+MOTIONS = 3  # in a picture of clips
 
 
 def write_rows(path: Path, clips: Sequence[np.ndarray]) -> None:
-    """Clips uint8 [F, 3, H, W], a row each."""
+    """Writes clips uint8 [F, 3, H, W] as one PNG: a row for each clip, time to the right."""
     video.write_strip(path, torch.stack([pixels(clip) for clip in clips]))
 
 
-def heat(maps: Tensor, config: SVDConfig) -> np.ndarray:
-    """Attention of the places of each frame to each token [F, L, N] -> clips uint8 [N, F, 3, H, W], light for much."""
-    width, height = config.size
-    cell = math.isqrt(width * height // maps.shape[1])
-    grid = maps.permute(2, 0, 1).unflatten(-1, (height // cell, width // cell))
+def heat_maps(weights: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Attention weights [F, L, N] in [0,1] -> clips uint8 [N, F, 3, H, W] of `size` (width, height), white for 1."""
+    width, height = size
+    cell = math.isqrt(width * height // weights.shape[1])  # pixels along the side of one position
+    grid = weights.permute(2, 0, 1).unflatten(-1, (height // cell, width // cell))  # [N, F, rows, columns]
     grid = F.interpolate(grid, (height, width), mode="bilinear")
     return (255 * grid).byte().numpy()[:, :, None].repeat(3, axis=2)
 
 
-def write_curves(path: Path, steps: Sequence[int], curves: dict[str, Sequence[float]]) -> None:
-    """Errors against steps."""
+def write_curves(path: Path, steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+    """Writes a plot of motion errors against steps as a PNG, a line for each named curve."""
     from matplotlib.figure import Figure  # slow to import, and only this picture needs it
 
     figure = Figure(figsize=(5, 3), layout="constrained")

@@ -1,0 +1,179 @@
+"""The experiments measure what they say: on a model that is ideal, on one that is disobedient, and on a random one."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ideal import habit_of, moved
+
+from minimti.evaluate import experiments
+from minimti.evaluate.evaluation import Evaluation, Settings, clip_error
+from minimti.evaluate.experiments import EXPERIMENTS
+from minimti.evaluate.figures import heat_maps
+from minimti.evaluate.results import summary
+from minimti.networks.attention import attention
+from minimti.world.scene import flip, habit, render
+from minimti.world.shapes import SHAPES
+
+PICTURES = ("transfer", "flip", "swap", "unconditional", "attention", "iterations")
+
+
+def mean(values: dict) -> float:
+    return summary([values])["mean"]
+
+
+@pytest.mark.parametrize("name, label", [("caption", "true caption"), ("transfer", "learned motion")])
+def test_an_ideal_model_transfers_without_error(ideal, name, label):
+    found = EXPERIMENTS[name](ideal)[label]["error"]
+    assert list(found) == list(ideal.cases) and all(len(errors) == 3 for errors in found.values())
+    assert max(error for errors in found.values() for error in errors) < 0.2
+
+
+def test_a_model_that_ignores_embeddings_has_the_error_of_the_habits(ideal):
+    ideal.obedient = False
+    found = EXPERIMENTS["transfer"](ideal)["learned motion"]["error"]
+    assert found == habitual_errors(ideal)
+
+
+def test_baselines_are_the_habits_of_the_targets_and_the_frames_of_the_reference(ideal):
+    found = EXPERIMENTS["baselines"](ideal)
+    assert found["target's image"]["error"] == habitual_errors(ideal)
+    standing_still = found["reference's frames"]["error"]
+    assert all(error == pytest.approx(1, abs=0.1) for errors in standing_still.values() for error in errors)
+
+
+def habitual_errors(evaluation: Evaluation) -> dict[str, list[float]]:
+    """What plain image-to-video has if it is ideal: each target moves by the habit of its own shape."""
+    return {
+        name: [clip_error(render(moved(target, *habit_of(target))), target) for target in case.targets]
+        for name, case in evaluation.cases.items()
+    }
+
+
+def test_mirrored_targets_of_an_ideal_model_move_the_mirrored_way(ideal):
+    answers = EXPERIMENTS["flip"](ideal)["mirrored targets"]["rate"]
+    assert mean(answers) == 1 and summary([answers])["clips"] >= 6
+
+
+def test_flip_finds_a_motion_that_does_not_turn_with_the_target(ideal, monkeypatch):
+    """A model that repeats the path of the unmirrored target in the picture, whichever way the sprite faces."""
+    scene = next(iter(ideal.cases.values())).targets[0]
+    scene = moved(scene, ("forward",) * 7, None)
+    backward = render(moved(flip(scene), ("backward",) * 7, None))
+    assert experiments.follows_mirrored(backward, flip(scene)) is False
+    assert experiments.follows_mirrored(render(flip(scene)), flip(scene)) is True
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_exchanged_embeddings_exchange_motions_where_the_model_obeys(ideal, obedient):
+    ideal.obedient = obedient
+    answers = EXPERIMENTS["swap"](ideal)["exchanged images"]["rate"]
+    assert list(answers) == list(SHAPES) and sum(map(len, answers.values())) == 12
+    assert mean(answers) == obedient
+
+
+def test_the_rate_of_swaps_is_that_of_the_shape_whose_habit_is_taken_over(ideal, monkeypatch):
+    """A model that does not move by the habit of one shape: the rate of this shape is 0."""
+    animate, ignored = ideal.animate, "airship"
+
+    def animate_but(scene, motion, index):
+        program, _ = ideal.movements[id(motion)]
+        return animate(scene, None if program == habit(ignored).program else motion, index)
+
+    ideal.settings = replace(ideal.settings, motions=8)
+    monkeypatch.setattr(ideal, "animate", animate_but)
+    rates = summary([EXPERIMENTS["swap"](ideal)["exchanged images"]["rate"]])["motions"]
+    assert rates.pop(ignored) == 0 and set(rates.values()) == {1}
+
+
+def test_appearance_is_kept_where_only_the_motion_is_transferred(ideal):
+    found = EXPERIMENTS["appearance"](ideal)
+    assert mean(found["learned motion"]["colour error"]) < 0.02 and mean(found["target's image"]["colour error"]) < 0.02
+    assert mean(found["learned motion"]["colour kept"]) == mean(found["learned motion"]["shape kept"]) == 1
+
+
+def test_the_colour_of_plain_image_to_video_is_measured_on_its_own_clips(ideal, monkeypatch):
+    animate = ideal.animate
+
+    def animate_grey(scene, motion, index):
+        clip = animate(scene, motion, index)
+        return clip // 2 if motion is None else clip
+
+    monkeypatch.setattr(ideal, "animate", animate_grey)
+    found = EXPERIMENTS["appearance"](ideal)
+    assert mean(found["learned motion"]["colour error"]) < 0.02 and mean(found["target's image"]["colour error"]) > 0.3
+
+
+def test_appearance_finds_the_reference_in_a_clip(ideal):
+    case = next(iter(ideal.cases.values()))
+    target, reference = case.targets[0], case.reference
+    sprite = target.sprites[0]
+    theirs = reference.sprites[0]
+    other_shape = replace(target, sprites=(replace(sprite, shape=theirs.shape),))
+    assert not experiments.keeps_shape(render(other_shape), target, reference)
+    other_colour = replace(target, sprites=(replace(sprite, colour=theirs.colour),))
+    assert not experiments.keeps_colour(render(other_colour), target, reference)
+
+
+def test_token_layouts_are_learned_as_they_are_called(ideal, monkeypatch):
+    inversions = []
+
+    def learn(case, inversion):
+        inversions.append(inversion)
+        return ideal.caption(case.reference)
+
+    monkeypatch.setattr(ideal, "learn", learn)
+    found = EXPERIMENTS["ablation"](ideal)
+    assert list(found) == ["1 x 1", "1 x 15", "9 x 1", "9 x 5", "9 x 15"]
+    layouts = [f"{1 if inversion.shared else 9} x {inversion.num_tokens}" for inversion in inversions]
+    assert list(dict.fromkeys(layouts)) == list(found) and {inversion.seed for inversion in inversions} == {0, 1}
+    assert all(mean(row["error"]) < 0.2 for row in found.values())
+
+
+@torch.no_grad()
+def test_attention_maps_are_the_weights_of_the_conditional_branch(random_svd):
+    """With unit vectors as V, attention returns its weights."""
+    with experiments.AttentionMaps(random_svd) as maps:
+        layer = maps.layers[-1]
+        x, tokens = torch.randn(16, 9, 16), 3 * torch.randn(16, 5, 64)  # both branches of 8 frames, 9 positions
+        k, v = layer.keys_values(tokens)
+        layer(x, k, v)
+    weights = attention(layer.split_heads(layer.to_q(x)), k, torch.eye(5).expand(16, 1, 5, 5), few_scores=2**21)
+    assert torch.allclose(maps.mean(), weights[8:].mean(1), atol=1e-6) and weights.std() > 0.05
+
+
+def test_attention_is_recorded_in_every_step_and_not_afterwards(random_svd, words, tmp_path):
+    evaluation = Evaluation(random_svd, words, 0, Settings(motions=1, targets=1), tmp_path)
+    case = next(iter(evaluation.cases.values()))
+    motion = evaluation.caption(case.reference)
+    with experiments.AttentionMaps(random_svd) as maps:
+        evaluation.animate(case.targets[0], motion, 0)
+    evaluation.animate(case.targets[0], motion, 0)
+    assert len(maps.layers) == 2 and len(maps.maps) == 2 * random_svd.config.num_steps
+    assert maps.mean().shape == (8, 12 * 12, 7)
+
+
+def test_heat_maps_are_light_where_a_token_is_attended_to():
+    weights = torch.zeros(3, 2 * 4, 2)  # frames, 2 rows of 4 positions, tokens
+    weights[:, 3, 1] = 1  # the upper right position, the second token
+    maps = heat_maps(weights, (64, 32))
+    assert maps.shape == (2, 3, 3, 32, 64) and maps[0].max() == 0
+    assert (maps[1, :, :, :4, -4:] == 255).all() and maps[1, :, :, 24:].max() == 0 and maps[1, ..., :32].max() == 0
+
+
+def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words, tmp_path):
+    settings = Settings(
+        motions=1, targets=1, steps=2, ablation_motions=1, inversion_seeds=1, kind_targets=1, noise_levels=1,
+        cached_views=1,
+    )  # fmt: skip
+    evaluation = Evaluation(random_svd, words, 0, settings, tmp_path)
+    for name, experiment in EXPERIMENTS.items():
+        found = experiment(evaluation)
+        json.dumps(found)
+        for label, quantities in found.items():
+            for quantity, values in quantities.items():
+                statistics = summary([values])
+                assert statistics["mean"] is None or np.isfinite(statistics["mean"]), (name, label, quantity)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in PICTURES}

@@ -1,0 +1,67 @@
+"""Statistics, the table, and a file that a second run continues."""
+
+import json
+
+import pytest
+
+from minimti.evaluate.results import HEADER, Results, summary
+from minimti.io.files import InputError
+
+FINGERPRINT = {"layer.weight": [0.5, 1.0]}
+
+
+def test_statistics_are_over_clips_motions_and_seeds():
+    found = summary([{"a": [1.0, 3.0], "b": [4.0, 8.0]}, {"c": [2.0, 2.0], "d": [6.0, 6.0]}])
+    assert found["mean"] == 4 and found["clips"] == 8
+    assert found["motions"] == {"a": 2, "b": 6, "c": 2, "d": 6} and found["over_motions"] == 2
+    assert found["over_seeds"] == 0
+    assert summary([{"a": [1.0]}, {"a": [3.0]}])["over_seeds"] == 1
+
+
+def test_rates_count_answers_only():
+    found = summary([{"a": [True, None], "b": [None, None]}, {"a": [False, True]}])
+    assert found["mean"] == pytest.approx(2 / 3) and found["clips"] == 3
+    assert found["motions"] == {"a": pytest.approx(2 / 3)} and found["over_seeds"] == 0.25
+    nothing = summary([{"a": [None]}])
+    assert nothing["mean"] is nothing["over_motions"] is nothing["over_seeds"] is None and nothing["clips"] == 0
+
+
+def test_the_table_has_a_row_for_each_quantity_over_the_seeds_that_are_named():
+    results = Results(None, {}, FINGERPRINT)
+    for seed, errors in ((0, [0.5, 1.5]), (1, [2.0, 4.0]), (2, [100.0])):
+        results.add(seed, "flip", {"row": {"error": {str(seed): errors}, "rate": {"a": [True, None]}}}, 1.0)
+    assert results.table("flip", [0, 1]) == [
+        "| flip: row | error | 2 | 1 | 1 | 4 |",
+        "| flip: row | rate | 1 | 0 | 0 | 2 |",
+    ]
+    assert results.table("flip", [0])[0] == "| flip: row | error | 1 | 0 | - | 2 |"
+    assert HEADER.splitlines()[0].count("|") == 7
+
+
+def test_a_file_is_continued_by_a_run_of_the_same_settings(tmp_path):
+    path = tmp_path / "found.json"
+    first = Results(path, {"motions": 2}, FINGERPRINT)
+    first.add(0, "caption", {"row": {"error": {"a": [0.5, None]}}}, 1.0)
+    second = Results(path, {"motions": 2}, FINGERPRINT)
+    assert second.has(0, "caption") and not second.has(1, "caption") and not second.has(0, "transfer")
+    assert second.table("caption", [0]) == first.table("caption", [0])
+    second.add(1, "caption", {"row": {"error": {"a": [1.5]}}}, 1.0)
+    seeds = json.loads(path.read_text())["seeds"]
+    assert list(seeds) == ["0", "1"] and seeds["0"]["caption"]["rows"]["row"]["error"]["values"] == {"a": [0.5, None]}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "was not written by minimti.evaluate"),
+        ("[]", "was not written by minimti.evaluate"),
+        ('{"settings": [], "fingerprint": {}, "seeds": {}}', "was not written by minimti.evaluate"),
+        ('{"settings": {"motions": 3}, "fingerprint": {}, "seeds": {}}', "motions 3, not 2"),
+        ('{"settings": {"motions": 2}, "fingerprint": {"layer.weight": [0.5, 2.0]}, "seeds": {}}', "of other weights"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, text, message):
+    path = tmp_path / "found.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        Results(path, {"motions": 2}, FINGERPRINT)
