@@ -16,19 +16,23 @@ def parse() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = cli.Parser(prog="sample.py", description=__doc__)
     motion = parser.add_argument_group("motion and images").add_argument
-    motion("images", nargs="*", metavar="IMAGE", help="to animate; one video each")
+    motion("images", nargs="*", metavar="IMAGE", help="images to animate, one video each")
     motion("--emb", metavar="FILE", help="the embedding that train.py wrote")
     size = "crop and resize the images to it (default: the embedding's, else the model's)"
     motion("--size", type=cli.size, metavar="WxH", help=size)
     alone = "leave the image out: the motion alone, with --guidance 1 10 by default"
     motion("--unconditional", action="store_true", help=alone)
 
-    sampling = parser.add_argument_group("sampling").add_argument
-    sampling("--steps", type=cli.integer(1, 10**4), help="of the solver (default: the model's, 25 for svd)")
+    group = parser.add_argument_group("sampling")
+    sampling = group.add_argument
+    sampling("--steps", type=cli.integer(1, 10**4), help="steps of the solver (default: the model's, 25 for svd)")
     solvers = "heun evaluates the network twice a step, the others once (default: %(default)s)"
     sampling("--solver", choices=SOLVERS, default="euler", help=solvers)
     scale = cli.number(-1000, 1000)
-    sampling("--guidance", type=scale, nargs=2, metavar=("MIN", "MAX"), help="for first and last frame (default: 1 3)")
+    sampling(
+        "--guidance", type=scale, nargs=2, metavar=("MIN", "MAX"), help="scale for first and last frame (default: 1 3)"
+    )
+    cli.add_seed(group)
 
     model = cli.add_model_arguments(parser, default_model="the embedding's, else auto").add_argument
     memory = "low: evaluate the two branches of guidance in turn, not as one batch (default: %(default)s)"
@@ -38,7 +42,7 @@ def parse() -> argparse.Namespace:
     output("--out", default=".", metavar="PATH", help="an .mp4 file for one video, or a folder (default: this one)")
 
     advanced = cli.add_advanced_arguments(parser).add_argument
-    advanced("--fps", type=cli.integer(1, 1000), help="frames per second, conditioned on and of the file (default: 7)")
+    advanced("--fps", type=cli.integer(1, 1000), help="frames per second of the file, and as a condition (default: 7)")
     advanced("--motion-bucket", type=cli.integer(0, 10**4), help="how much moves, 0..255 in training (default: 127)")
     advanced("--noise-aug", type=cli.number(0, 100), help="noise on the image before it is encoded (default: 0.02)")
     return parser.parse_args()

@@ -4,7 +4,7 @@ import argparse
 import time
 
 from minimti import cli
-from minimti.config import MEMORY_MODES, RECIPES
+from minimti.config import MEMORY_MODES, NUM_TOKENS, RECIPES
 from minimti.io.files import check_writable, require_file
 
 
@@ -12,24 +12,34 @@ def parse() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = cli.Parser(prog="train.py", description=__doc__)
     clip = parser.add_argument_group("clip").add_argument
-    clip("video", metavar="VIDEO", help="the reference")
-    clip("--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="of the first frame (default: 0)")
+    clip("video", metavar="VIDEO", help="the clip whose motion is learnt")
+    clip(
+        "--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="time of the first frame (default: 0)"
+    )
     clip("--end", type=cli.number(0, 1e6), metavar="SECONDS", help="spread the frames evenly from --start to here")
     clip("--stride", type=cli.integer(1, 10**6), default=1, metavar="K", help="take every K-th frame (default: 1)")
     clip("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
     clip("--size", type=cli.size, metavar="WxH", help="crop and resize to it (default: the model's, 1024x576 for svd)")
     clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
 
-    learning = parser.add_argument_group("learning").add_argument
+    group = parser.add_argument_group("learning")
+    learning = group.add_argument
     recipe = (
         "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and a third of the error"
         " on tiny, never tried on SVD (default: paper for svd, muon for tiny)"
     )
     learning("--recipe", choices=RECIPES, help=recipe)
-    learning("--steps", type=cli.integer(0, 10**6), help="of the optimisation (default: the recipe's)")
-    learning("--tokens", type=cli.integer(1, 1000), default=5, metavar="N", help="per set (default: %(default)s)")
+    learning("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the recipe's)")
+    learning(
+        "--tokens",
+        type=cli.integer(1, 1000),
+        default=NUM_TOKENS,
+        metavar="N",
+        help="tokens per set (default: %(default)s)",
+    )
     sets = "a token set for each frame and one for the layers over time, or one shared by all (default: %(default)s)"
     learning("--sets", choices=("frames", "shared"), default="frames", help=sets)
+    cli.add_seed(group)
 
     model = cli.add_model_arguments(parser, default_model="auto").add_argument
     memory = "how much a step keeps of the forward pass; the rest is computed again (default: balanced; tiny keeps all)"

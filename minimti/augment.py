@@ -11,7 +11,7 @@ AREA = (0.7, 1.0)  # share of the picture that a crop keeps
 CONTRAST = (0.8, 1.2)
 BRIGHTNESS = (-0.15, 0.15)  # added, in [-1,1] units
 SATURATION = (0.8, 1.2)
-HUE = (-0.05, 0.05)  # of a full turn
+HUE = (-0.05, 0.05)  # in full turns
 
 
 def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:

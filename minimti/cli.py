@@ -64,6 +64,11 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def add_seed(group: "argparse._ArgumentGroup") -> None:
+    """The argument --seed."""
+    group.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="for all random draws (default: 0)")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> "argparse._ArgumentGroup":
     """The group "model and machine". Returns it, for the program's own arguments of the kind."""
     group = parser.add_argument_group("model and machine")
@@ -72,8 +77,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> 
     models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
     add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
     add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
-    add("--dtype", choices=DTYPES, help="of UNet and image encoder (default: bfloat16 on cuda, else float32)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="of every random number (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="precision of UNet and image encoder (default: bfloat16 on cuda, else float32)")
     return group
 
 
@@ -81,7 +85,7 @@ def add_advanced_arguments(parser: argparse.ArgumentParser) -> "argparse._Argume
     """The group "advanced". Returns it, for the program's own arguments of the kind."""
     group = parser.add_argument_group("advanced")
     add = group.add_argument
-    add("--vae-dtype", choices=DTYPES, default="float32", help="of the autoencoder (default: %(default)s)")
+    add("--vae-dtype", choices=DTYPES, default="float32", help="precision of the autoencoder (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the UNet: minutes before the first step of every shape")
     return group
 

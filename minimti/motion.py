@@ -14,7 +14,6 @@ from minimti import __version__
 from minimti.config import MicroConditioning, SVDConfig, checked
 from minimti.io.files import InputError, atomic_write, require_file
 
-NUM_TOKENS = 5  # N of the paper, tokens per set
 INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 
 
@@ -29,7 +28,7 @@ class Motion:
     size: tuple[int, int]  # width, height in pixels
     steps: int
     seed: int
-    fingerprint: dict[str, list[float]] = field(default_factory=dict)  # of the UNet's weights; empty where unknown
+    fingerprint: dict[str, list[float]] = field(default_factory=dict)  # the UNet's weights in a few numbers; or empty
 
     @property
     def shared(self) -> bool:

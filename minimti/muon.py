@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 MIN_SIDE = 16  # the fewest rows and columns of a weight that counts as a matrix
-UPDATE_RMS = 0.2  # of an update's elements over the learning rate; about Adam's, so both share a rate (Liu et al. 2025)
+UPDATE_RMS = 0.2  # rms of an update over the learning rate, about Adam's: both can share a rate (Liu et al. 2025)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # move singular values near 1 within ITERATIONS rather than exactly to it
 ITERATIONS = 5
 

@@ -12,16 +12,16 @@ from minimti import edm
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
-from minimti.config import MicroConditioning
+from minimti.config import NUM_TOKENS, MicroConditioning
 from minimti.hardware import default_device
 from minimti.invert import Recipe, View, invert, make_recipe, view
 from minimti.io.files import InputError
 from minimti.io.video import Clip, to_uint8
-from minimti.motion import NUM_TOKENS, Motion, initialise
+from minimti.motion import Motion, initialise
 from minimti.networks.recompute import set_mode
 from minimti.svd import GUIDANCE, SVD
 
-UNCONDITIONAL_GUIDANCE = (1.0, 10.0)  # of figure 6
+UNCONDITIONAL_GUIDANCE = (1.0, 10.0)  # for the motion alone, as in figure 6
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Progress:
     stage: str  # "encode" (views of the clip), "learn" or "sample"
     step: int  # steps done; "learn" starts with 0, before the first
     steps: int
-    loss: float | None = None  # of the step; on a GPU of one a few steps earlier
+    loss: float | None = None  # in "learn": that of the step; on a GPU that of one a few steps earlier
     motion: Motion | None = None  # while it is learnt; its tokens change in place
 
 

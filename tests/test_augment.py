@@ -56,7 +56,7 @@ def test_it_crops_a_random_part_of_the_picture():
         lefts.append((grey[16, 24] / 0.008 - width / 2).item())
         tops.append(height.item())
     shares = torch.tensor(shares)
-    assert 0.65 < shares.min() < 0.78 and 0.92 < shares.max() < 1.05  # of the area, 0.7 to 1
+    assert 0.65 < shares.min() < 0.78 and 0.92 < shares.max() < 1.05  # 0.7 to 1 of the area
     assert torch.tensor(lefts).std() > 0.5  # the place varies too
     assert torch.tensor(tops).max() < 32.5
 

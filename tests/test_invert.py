@@ -148,7 +148,7 @@ def test_the_gradient_is_that_of_the_mean_loss(mini_svd, motion, clip):
 
 
 def test_the_optimiser_is_handed_the_gradient_of_each_step(mini_svd, motion, clip, monkeypatch):
-    """Of that step's noise, sigma and view."""
+    """Each is that of the step's own noise, sigma and view."""
     handed = []
 
     class Spy:

@@ -258,7 +258,7 @@ def test_an_embedding_of_another_model_is_refused_and_one_of_other_weights_warne
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         animate(mini_svd, motion, image(), steps=1)
-        animate(mini_svd, replace(motion, fingerprint={}), image(), steps=1)  # of version 0.1.0
+        animate(mini_svd, replace(motion, fingerprint={}), image(), steps=1)  # as version 0.1.0 leaves it
 
 
 # ------------------------------------------------------------------------------------------------------------ together

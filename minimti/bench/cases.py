@@ -11,8 +11,7 @@ from minimti import edm
 from minimti.bench.reference import Diffusers
 from minimti.checkpoint.load import fill as fill_module
 from minimti.checkpoint.load import memory_format
-from minimti.config import SVDConfig
-from minimti.motion import NUM_TOKENS
+from minimti.config import NUM_TOKENS, SVDConfig
 from minimti.networks.recompute import set_mode
 from minimti.svd import GUIDANCE, SVD, Conditioning
 

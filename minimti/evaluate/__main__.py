@@ -28,7 +28,11 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=seed, nargs="+", default=[0], metavar="SEED", help="each draws other motions (default: 0)")
     add("--motions", type=cli.integer(1, 1000), default=Settings.motions, help="per seed (default: %(default)s)")
     add("--targets", type=cli.integer(2, 1000), default=Settings.targets, help="per motion (default: %(default)s)")
-    add("--steps", type=cli.integer(1, 10**6), help="of an inversion (default: the recipe's); the paper's takes twice")
+    add(
+        "--steps",
+        type=cli.integer(1, 10**6),
+        help="steps per inversion (default: the recipe's); the paper's takes twice",
+    )
     add(
         "--out",
         default="runs/evaluate",

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from minimti import edm, pipeline
 from minimti.checkpoint.fingerprint import fingerprint
-from minimti.config import SVDConfig
+from minimti.config import NUM_TOKENS, SVDConfig
 from minimti.invert import Recipe, make_recipe
 from minimti.io.video import Clip
-from minimti.motion import NUM_TOKENS, Motion
+from minimti.motion import Motion
 from minimti.pipeline import Progress
 from minimti.svd import GUIDANCE, SVD
 from minimti.world import captions
@@ -35,7 +35,7 @@ class Settings:
 
     motions: int = 8  # reference clips
     targets: int = 4  # clips to which each motion is transferred
-    steps: int | None = None  # of an inversion by the model's own recipe (None: as the recipe says)
+    steps: int | None = None  # per inversion by the model's own recipe (None: the recipe's)
     ablation_motions: int = 3  # the first motions, in the experiments that invert each of them many times
     inversion_seeds: int = 2  # inversions of each motion in `ablation` and `optimiser`
     kind_targets: int = 2  # targets of each motion in `kinds`

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimti.config import NUM_TOKENS
 from minimti.evaluate import figures
 from minimti.evaluate.evaluation import (
     Case,
@@ -22,7 +23,7 @@ from minimti.evaluate.evaluation import (
     random_case,
 )
 from minimti.evaluate.results import Result, Values
-from minimti.motion import NUM_TOKENS, Motion
+from minimti.motion import Motion
 from minimti.networks.attention import CrossAttention, TransformerBlock
 from minimti.svd import SVD
 from minimti.world.captions import NUM_SLOTS

@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
         help="where the run saves its state, and resumes from it (default: %(default)s)",
     )
     add("--out", default=str(WEIGHTS / "tiny"), metavar="FOLDER", help="where the model goes (default: weights/tiny)")
-    add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="of all random numbers (default: %(default)s)")
+    add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="for all random draws (default: %(default)s)")
     add("--scale", type=cli.number(1e-6, 100), default=1.0, help="multiplies the steps of all stages (default: 1)")
     add(
         "--stages",
