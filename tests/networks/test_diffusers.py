@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minimti import pipeline
-from minimti.bench.measure import diffusers_unet, diffusers_vae
+from minimti.bench.reference import diffusers_unet, diffusers_vae
 from minimti.checkpoint.find import FOLDER_FILES
 from minimti.checkpoint.key_maps import folder_source
-from minimti.checkpoint.load import check, fill, open_checkpoint, sources
+from minimti.checkpoint.load import check, fill, sources
 from minimti.config import ImageEncoderConfig, SVDConfig, UNetConfig, VAEConfig, to_json
-from minimti.io import video
+from minimti.io.video import read_image
 from minimti.networks import image_encoder
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
@@ -178,9 +178,9 @@ def test_pipeline(tmp_path, cond_aug):
         output_type="pt",
     ).frames
 
-    svd = pipeline.load(open_checkpoint(str(tmp_path)), torch.device("cpu"), torch.float32)
+    svd = pipeline.load(str(tmp_path), device="cpu")
     image.save(tmp_path / "image.png")
-    pixels = video.fit(video.read_image(tmp_path / "image.png"), config.size)
+    pixels = read_image(tmp_path / "image.png", config)
     with torch.inference_mode():
         micro = replace(config.micro, cond_aug=cond_aug)
         tokens = svd.tokens_of(pixels, config.num_frames)

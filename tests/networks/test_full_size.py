@@ -70,7 +70,7 @@ LOAD = r"""
 import re, sys, torch
 from minimti import pipeline
 from minimti.checkpoint.load import open_checkpoint
-svd = pipeline.load(open_checkpoint(sys.argv[1]), torch.device("cpu"), torch.bfloat16)
+svd = pipeline.load(sys.argv[1], device="cpu", dtype=torch.bfloat16)
 assert not any(tensor.is_meta for tensor in svd.state_dict().values())
 resident = sum(tensor.nbytes for tensor in svd.state_dict().values())
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]  # getrusage's begins at the parent's
