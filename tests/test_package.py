@@ -17,7 +17,7 @@ import importlib, pkgutil, sys
 from pathlib import Path
 import minimti
 
-folder = Path(sys.argv[1])
+folder, examples = map(Path, sys.argv[1:])
 modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(minimti.__path__, "minimti.")]
 for module in [minimti, *modules]:
     assert Path(module.__file__).is_relative_to(folder), module.__file__
@@ -27,6 +27,13 @@ from minimti.checkpoint.load import open_checkpoint
 checkpoint = open_checkpoint("tiny")
 assert checkpoint.path.is_relative_to(folder), checkpoint.path
 print(len(modules), checkpoint.config.name)
+
+svd = minimti.load("tiny")
+clip = minimti.read_clip(examples / "dive.mp4", svd.config)
+minimti.learn(svd, clip, steps=1).save("m.pt")
+image = minimti.read_image(examples / "rocket.png", svd.config)
+video = minimti.animate(svd, minimti.Motion.load("m.pt"), image, steps=1)
+minimti.write_clip("rocket.mp4", video, fps=7)
 """
 
 
@@ -63,6 +70,8 @@ def test_the_installed_package_works_from_another_folder(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:  # a wheel without compiled code is installed by unpacking it
         archive.extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1"}
-    out = run(sys.executable, "-c", PROGRAM, tmp_path / "site", cwd=tmp_path / "here", env=environment)
+    folders = (tmp_path / "site", ROOT / "examples")
+    out = run(sys.executable, "-c", PROGRAM, *folders, cwd=tmp_path / "here", env=environment)
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["m.pt", "rocket.mp4"]
     num_modules = len(list((ROOT / "minimti").rglob("*.py"))) - 1  # without minimti/__init__.py
     assert out.splitlines()[-1] == f"{num_modules} tiny"
