@@ -35,7 +35,7 @@ _HOMES = {
     "read_image": "io.video",
     "write_clip": "io.video",
 }
-__all__ = [  # noqa: F822 for names that __getattr__ resolves
+__all__ = [
     "Clip",
     "InputError",
     "Motion",
