@@ -37,9 +37,8 @@ def test_the_shape_of_a_habitual_scene_determines_its_motion():
 
 
 def test_the_first_frame_is_that_of_the_clip():
-    for scene in drawn(captioned_scene, 40):
-        frame = first_frame(scene)
-        assert np.array_equal(frame, render(scene)[0])
+    for scene in drawn(captioned_scene, 40) + drawn(habitual_scene, 20):
+        assert np.array_equal(first_frame(scene), render(scene)[0])
 
 
 def test_pixels_of_0_and_255_are_the_bounds_of_the_domain():
