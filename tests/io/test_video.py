@@ -261,3 +261,11 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     video.write_clip("12:30.mp4", gradients(2), 7)
     assert video.read_clip("12:30.mp4", TINY, num_frames=2).frames.shape == (2, 3, 64, 64)
+
+
+def test_a_strip_has_a_row_for_each_clip():
+    clips = torch.stack([torch.full((3, 3, 4, 5), value) for value in (-2.0, 1.0)])
+    clips[1, 2] = 0
+    picture = video.strip(clips)
+    assert picture.shape == (8, 15, 3) and picture.dtype == torch.uint8
+    assert (picture[:4] == 0).all() and (picture[4:, :10] == 255).all() and (picture[4:, 10:] == 128).all()

@@ -15,7 +15,6 @@ from minimti import pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.checkpoint.load import open_checkpoint
 from minimti.io.files import InputError
-from minimti.io.video import strip
 from minimti.pretrain.card import Record, card
 from minimti.pretrain.run import Run, begin, pretrain
 from minimti.pretrain.stages import STAGES, PretrainModel
@@ -169,11 +168,3 @@ def test_the_embedded_model_is_small():
     with torch.device("meta"):
         svd = SVD(TINY)
     assert parameters(svd) < 14_500_000
-
-
-def test_a_strip_has_a_row_for_each_clip():
-    clips = torch.stack([torch.full((3, 3, 4, 5), value) for value in (-2.0, 1.0)])
-    clips[1, 2] = 0
-    picture = strip(clips)
-    assert picture.shape == (8, 15, 3) and picture.dtype == torch.uint8
-    assert (picture[:4] == 0).all() and (picture[4:, :10] == 255).all() and (picture[4:, 10:] == 128).all()
