@@ -1,6 +1,6 @@
 """Make an image move as an embedding describes:  python sample.py --emb m.pt img.png
 
-Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding decides how it moves.
+Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding sets the motion.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     motion("--emb", metavar="FILE", help="the embedding that train.py wrote")
     size = "crop and resize the images to it (default: the embedding's, else the model's)"
     motion("--size", type=cli.size, metavar="WxH", help=size)
-    alone = "leave the image out: the motion alone, with --guidance 1 10 by default"
+    alone = "the motion alone, without the image (guidance 1 to 10 unless given)"
     motion("--unconditional", action="store_true", help=alone)
 
     group = parser.add_argument_group("sampling")
@@ -42,9 +42,21 @@ def parse() -> argparse.Namespace:
     output("--out", default=".", metavar="PATH", help="an .mp4 file for one video, or a folder (default: this one)")
 
     advanced = cli.add_advanced_arguments(parser).add_argument
-    advanced("--fps", type=cli.integer(1, 1000), help="frames per second of the file, and as a condition (default: 7)")
-    advanced("--motion-bucket", type=cli.integer(0, 10**4), help="how much moves, 0..255 in training (default: 127)")
-    advanced("--noise-aug", type=cli.number(0, 100), help="noise on the image before it is encoded (default: 0.02)")
+    advanced(
+        "--fps",
+        type=cli.integer(1, 1000),
+        help="frames per second, of the file and as a condition (default: the embedding's, 7)",
+    )
+    advanced(
+        "--motion-bucket",
+        type=cli.integer(0, 10**4),
+        help="how much moves, 0..255 in training (default: the embedding's, 127)",
+    )
+    advanced(
+        "--noise-aug",
+        type=cli.number(0, 100),
+        help="noise on the image before it is encoded (default: the embedding's, 0.02)",
+    )
     return parser.parse_args()
 
 
@@ -68,8 +80,6 @@ def outputs(args: argparse.Namespace, label: str) -> list[Path]:
 def main() -> None:
     """Parse, animate, report."""
     args = parse()
-    from dataclasses import replace
-
     import torch
 
     from minimti import Motion, animate, write_clip
@@ -92,15 +102,19 @@ def main() -> None:
     images = [fit(pixels, size) for pixels in decoded] or [torch.zeros(1, 3, *size[::-1])]
     paths = outputs(args, Path(args.emb).stem if motion else config.name)
 
-    overrides = {"fps_id": args.fps and args.fps - 1, "motion_bucket_id": args.motion_bucket}
-    overrides["cond_aug"] = args.noise_aug
-    micro = motion.micro if motion else config.micro
-    micro = replace(micro, **{name: value for name, value in overrides.items() if value is not None})
+    micro = cli.overridden(
+        motion.micro if motion else config.micro,
+        fps_id=None if args.fps is None else args.fps - 1,
+        motion_bucket_id=args.motion_bucket,
+        cond_aug=args.noise_aug,
+    )
 
     svd = cli.load_model(args, checkpoint, device)
+    if motion:
+        svd.release("image_encoder")  # the tokens take the place of its embedding
     make_folder(paths[0].parent)
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
-    options |= {"seed": args.seed, "micro": micro, "unconditional": args.unconditional, "in_turn": args.memory == "low"}
+    options |= {"seed": args.seed, "micro": micro, "unconditional": args.unconditional, "memory": args.memory}
     for image, path in zip(images, paths):
         bars = cli.Bars(path.stem)
         video = animate(svd, motion, image, progress=bars, **options)

@@ -12,7 +12,7 @@ def parse() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = cli.Parser(prog="train.py", description=__doc__)
     clip = parser.add_argument_group("clip").add_argument
-    clip("video", metavar="VIDEO", help="the clip whose motion is learnt")
+    clip("video", metavar="VIDEO", help="the clip whose motion is learned")
     clip(
         "--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="time of the first frame (default: 0)"
     )
@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     learning = group.add_argument
     recipe = (
         "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and a third of the error"
-        " on tiny, never tried on SVD (default: paper for svd, muon for tiny)"
+        " on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
     )
     learning("--recipe", choices=RECIPES, help=recipe)
     learning("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the recipe's)")
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="tokens per set (default: %(default)s)",
     )
-    sets = "a token set for each frame and one for the layers over time, or one shared by all (default: %(default)s)"
+    sets = "frames: a token set for each frame and one for the layers over time; shared: one for all (default: frames)"
     learning("--sets", choices=("frames", "shared"), default="frames", help=sets)
     cli.add_seed(group)
 
@@ -61,18 +61,20 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse, learn, report."""
     args = parse()
-    from dataclasses import replace
-
     from minimti import learn, make_recipe, read_clip
 
     require_file(args.video)
     check_writable(args.out, args.video, args.model or "")
     checkpoint, device = cli.find_model(args, "auto" if args.model is None else args.model)
     config = checkpoint.config
-    overrides = {"steps": args.steps, "lr": args.lr, "p_mean": args.p_mean, "p_std": args.p_std}
-    overrides["num_cached_views"] = args.cache
-    recipe = make_recipe(config, args.recipe)
-    recipe = replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
+    recipe = cli.overridden(
+        make_recipe(config, args.recipe),
+        steps=args.steps,
+        lr=args.lr,
+        p_mean=args.p_mean,
+        p_std=args.p_std,
+        num_cached_views=args.cache,
+    )
     which = {"start": args.start, "end": args.end, "stride": args.stride, "size": args.size}
     clip = read_clip(args.video, config, num_frames=args.frames, **which)
     print(

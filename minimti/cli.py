@@ -10,7 +10,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minimti import __version__
 from minimti.config import DTYPES, MODELS
@@ -54,7 +55,7 @@ def _within(kind: type, minimum: float, maximum: float) -> Callable:
             raise argparse.ArgumentTypeError(f"{text} is not in {minimum}..{maximum}")
         return value
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse's word for what it could not parse
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse puts the name into its error message
     return parse
 
 
@@ -73,7 +74,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> 
     """The group "model and machine". Returns it, for the program's own arguments of the kind."""
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
-    auto = "auto (svd where it is here or there is a GPU, else tiny)"
+    auto = "auto (svd where it is here or on cuda, else tiny)"
     models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
     add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
     add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
@@ -88,6 +89,11 @@ def add_advanced_arguments(parser: argparse.ArgumentParser) -> "argparse._Argume
     add("--vae-dtype", choices=DTYPES, default="float32", help="precision of the autoencoder (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the UNet: minutes before the first step of every shape")
     return group
+
+
+def overridden(settings: Any, **values: Any) -> Any:
+    """A dataclass in which the values that are not None take the place of its own."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
 def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch.device]":
@@ -110,7 +116,7 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torc
     dtype = args.dtype and getattr(torch, args.dtype)
     svd = pipeline.load(checkpoint, device=device, dtype=dtype, vae_dtype=getattr(torch, args.vae_dtype))
     if args.compile:
-        svd.unet.compile(fullgraph=True, dynamic=False)  # a graph break would be an error, not a slow surprise
+        svd.unet.compile(fullgraph=True, dynamic=False)  # fullgraph: a graph break is an error
     return svd
 
 
@@ -124,7 +130,7 @@ class Bars:
         self.label, self.stage = label, ""  # the label of stages that have none of their own
         self.bar: tqdm | None = None
         self.losses: deque[float] = deque(maxlen=50)
-        self.motion: Motion | None = None  # while it is learnt
+        self.motion: Motion | None = None  # while it is learned
 
     def __call__(self, progress: "Progress") -> None:
         """Moves the bar of the stage, or begins it."""

@@ -32,7 +32,7 @@ def denoise(network: Network, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def loss(network: Network, x0: Tensor, sigma: Tensor, n: Tensor) -> Tensor:
-    """Equation 3 with lambda = (1 + sigma^2) / sigma^2, as a mean over all elements; x0, n [B, F, C, H, W], sigma [B].
+    """Equation 1 with lambda = (1 + sigma^2) / sigma^2, as a mean over all elements; x0, n [B, F, C, H, W], sigma [B].
 
     With this weight the error of D on x0 equals the error of F on v = (n - sigma x0) / sqrt(1 + sigma^2). It is
     computed on v, where nothing cancels at small or large sigma.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile, zip_longest
 from typing import Protocol
 
 import torch
@@ -76,15 +77,16 @@ def invert(
         motion.steps = step + 1
         pending.append((sigma, torch.where(finite, loss, torch.nan)))
         if len(pending) == fetch_every or motion.steps == recipe.steps:
-            values = torch.stack([loss for _, loss in pending]).tolist()
-            for number, ((sigma, _), value) in enumerate(zip(pending, values), motion.steps - len(pending) + 1):
-                if not math.isfinite(value):
-                    motion.steps = number - 1
-                    raise FloatingPointError(
-                        f"the loss or gradient of step {number} (sigma {sigma.item():.3g}, seed {motion.seed}) is not"
-                        f" finite; the tokens are those of step {number - 1}"
-                    )
-                yield value
+            losses = torch.stack([loss for _, loss in pending]).tolist()
+            good = list(takewhile(math.isfinite, losses))
+            motion.steps -= len(losses) - len(good)
+            yield from good
+            if len(good) < len(losses):
+                sigma, _ = pending[len(good)]
+                raise FloatingPointError(
+                    f"the loss or gradient of step {motion.steps + 1} (sigma {sigma.item():.3g}, seed {motion.seed}) is"
+                    f" not finite; the tokens are those of step {motion.steps}"
+                )
             pending.clear()
 
 
@@ -100,7 +102,10 @@ def view(svd: SVD, clip: Tensor, motion: Motion, flip: bool, index: int) -> View
 
 
 def draw(recipe: Recipe, sigma_max: float, seed: int, step: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The noise level sigma [1] and the unit noise n of a step, drawn on the CPU: the same on every device."""
+    """The noise level sigma [1] and the unit noise n of a step, drawn on the CPU: the same on every device.
+
+    Spread sigmas start at the quantile that step 0 would draw.
+    """
     generator = _generator(seed, 2 * step + 1)
     quantile = torch.rand(1, generator=generator)
     if recipe.spread_sigmas:
@@ -111,7 +116,7 @@ def draw(recipe: Recipe, sigma_max: float, seed: int, step: int, shape: torch.Si
 
 
 def loss_and_gradient(svd: SVD, motion: Motion, view: View, sigma: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Equation 3 of one step, and its gradient with respect to the tokens, in the shape of `motion.tokens`."""
+    """The loss of one step (equation 1), and its gradient with respect to the tokens, shaped as `motion.tokens`."""
     x0, cond = view
     tokens = motion.tokens.detach().requires_grad_()
     spatial, temporal = replace(motion, tokens=tokens).sets
@@ -154,7 +159,10 @@ OPTIMIZERS: dict[str, Callable[[Tensor, Recipe], TokenOptimizer]] = {
 
 
 def _step_if(finite: Tensor, optimizer: TokenOptimizer, grad: Tensor) -> None:
-    """A step that changes nothing where `finite`, a scalar on the device, is False. The device is not waited for."""
+    """A step that changes neither tokens nor optimiser state where `finite`, a scalar on the device, is False.
+
+    Python does not wait for the value of `finite`. State that the first step creates is zero before it.
+    """
 
     def tensors() -> list[Tensor]:
         inner = optimizer.torch_optimizer
@@ -163,9 +171,11 @@ def _step_if(finite: Tensor, optimizer: TokenOptimizer, grad: Tensor) -> None:
 
     before = [tensor.clone() for tensor in tensors()]
     optimizer.step(grad)
-    for tensor, old in zip(tensors(), before):
+    for tensor, old in zip_longest(tensors(), before):
+        old = torch.zeros_like(tensor) if old is None else old
         tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:
+    """Draw 2 i is for view i, draw 2 i + 1 for step i. The seed itself is left for the initial tokens."""
     return torch.Generator().manual_seed(seed * 1_000_003 + draw + 1)

@@ -1,6 +1,7 @@
 """The motion-text embedding m of the paper (3.3), and its file."""
 
 import json
+import math
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 
 @dataclass
 class Motion:
-    """Learnt tokens, and what sampling needs of how they were learnt."""
+    """Learned tokens, and what sampling needs of how they were learned."""
 
     tokens: Tensor  # fp32 [F + 1, N, d]: a set for every frame, then the temporal set; or [1, N, d]: one for all
     num_frames: int  # F
@@ -43,7 +44,7 @@ class Motion:
         return self.tokens[None, :-1], self.tokens[-1:]
 
     def check_fits(self, config: SVDConfig) -> None:
-        """Raises InputError if the embedding was learnt on another model than `config` describes."""
+        """Raises InputError if the embedding was learned on another model than `config` describes."""
         width = self.tokens.shape[-1]
         if self.model != config.name or width != config.unet.context_dim:
             raise InputError(
@@ -75,19 +76,14 @@ class Motion:
         try:
             fields = _read(path)
             version = tuple(int(part) for part in fields.pop("version").split("."))
-            if "num_frames" not in fields:  # version 0.1.0, which had a set for every frame and no fingerprint
-                fields["num_frames"] = len(fields["tokens"]) - 1
-            fields["size"] = tuple(fields["size"])
-            motion = cls(**{**fields, "micro": checked(MicroConditioning(**fields["micro"]))})
             newer = version > tuple(int(part) for part in __version__.split("."))
-            if not newer:
-                _check(motion)
+            motion = None if newer else _from_fields(fields)
         except Exception as error:  # a damaged file can make the unpickler raise anything
             raise InputError(f"{path}: not a motion-text embedding written by train.py") from error
-        if newer:
+        if motion is None:
             raise InputError(f"{path}: written by a newer minimti ({'.'.join(map(str, version))}); upgrade this one")
-        sets, num_tokens, _ = motion.tokens.shape
-        if sets not in (1, motion.num_frames + 1) or num_tokens == 0 or not motion.tokens.isfinite().all():
+        sets_fit = len(motion.tokens) in (1, motion.num_frames + 1)
+        if not sets_fit or motion.tokens.numel() == 0 or not motion.tokens.isfinite().all():
             raise InputError(f"{path}: an embedding of odd shape, or of numbers that are not finite; train it again")
         return motion
 
@@ -116,8 +112,12 @@ def _read(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _check(motion: Motion) -> None:
-    """Raises TypeError or ValueError where a field has another type, or a number a value out of range."""
+def _from_fields(fields: dict) -> Motion:
+    """Raises an exception of some kind where a field is missing, unknown, of another type or out of range."""
+    if "num_frames" not in fields:  # version 0.1.0, which had a set for every frame and no fingerprint
+        fields["num_frames"] = len(fields["tokens"]) - 1
+    micro = checked(MicroConditioning(**fields["micro"]))
+    motion = Motion(**{**fields, "size": tuple(fields["size"]), "micro": micro})
     kinds = {"tokens": Tensor, "model": str, "size": tuple, "num_frames": int, "steps": int, "seed": int}
     for name, kind in kinds.items():
         if type(value := getattr(motion, name)) is not kind:
@@ -126,8 +126,10 @@ def _check(motion: Motion) -> None:
         raise ValueError(f"size is {motion.size!r}")
     if min(motion.num_frames - 1, motion.steps, motion.seed) < 0:
         raise ValueError(f"{motion.num_frames} frames, {motion.steps} steps, seed {motion.seed}")
-    if motion.tokens.dtype != torch.float32 or motion.tokens.ndim != 3:
-        raise ValueError(f"tokens of {motion.tokens.dtype} {tuple(motion.tokens.shape)}")
+    tokens = motion.tokens = motion.tokens.detach()
+    if (tokens.dtype, tokens.layout, tokens.device.type, tokens.ndim) != (torch.float32, torch.strided, "cpu", 3):
+        raise ValueError(f"tokens are {tokens.dtype} {tokens.layout} of {tokens.ndim} dimensions on {tokens.device}")
     for name, numbers in motion.fingerprint.items():
-        if not isinstance(name, str) or not all(isinstance(number, float) for number in numbers):
+        if not isinstance(name, str) or not all(type(n) is float and math.isfinite(n) for n in numbers):
             raise TypeError(f"fingerprint {name!r} is {numbers!r}")
+    return motion

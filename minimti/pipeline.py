@@ -31,8 +31,8 @@ class Progress:
     stage: str  # "encode" (views of the clip), "learn" or "sample"
     step: int  # steps done; "learn" starts with 0, before the first
     steps: int
-    loss: float | None = None  # in "learn": that of the step; on a GPU that of one a few steps earlier
-    motion: Motion | None = None  # while it is learnt; its tokens change in place
+    loss: float | None = None  # in "learn": that of the step
+    motion: Motion | None = None  # in "learn"; changes in place, and on a GPU may be some steps ahead: motion.steps
 
 
 def load(
@@ -47,8 +47,8 @@ def load(
     model      a name ("svd", "svd-xt", "svd-xt-1-1", "tiny"), a .safetensors file, a diffusers folder, or "auto":
                official weights where they are on this machine or a GPU is, else tiny
     device     default: cuda or mps where there is one, else cpu
-    dtype      of UNet and image encoder; default: bfloat16 on cuda, else float32
-    vae_dtype  of the autoencoder
+    dtype      precision of UNet and image encoder; default: bfloat16 on cuda, else float32
+    vae_dtype  precision of the autoencoder
 
     Raises InputError where there is no such model or device, or the files do not hold exactly the model's tensors.
     """
@@ -98,17 +98,18 @@ def learn(
     """The motion of a clip as an embedding: motion-textual inversion (paper 3.3, B.2).
 
     recipe      how tokens are optimised: a Recipe, or the name of one ("paper", "muon"); default: the model's own
-    steps       of the optimisation; default: the recipe's
+    steps       optimisation steps; default: the recipe's
     num_tokens  N, tokens per set
     shared      learn one set for all frames and the layers over time (F' = 1) instead of F + 1 sets
     flip        allow mirrored views; not for motions with a left and a right, such as a camera pan
-    seed        of all random draws
+    seed        for all random draws
     memory      "fast", "balanced" or "low": how much a step keeps of the forward pass (networks/recompute.py), which
                 changes nothing else; default: the model's own
     progress    called as the work goes on. An exception that it raises ends the work; Progress.motion has the tokens.
     release     free networks for good after their last use here, instead of parking them on the CPU
 
-    Raises FloatingPointError after a loss or gradient that is not finite.
+    The tokens are on the device of the model. Raises FloatingPointError after a loss or gradient that is not finite,
+    ValueError for an unknown recipe, RuntimeError where a network has been released.
     """
     recipe = make_recipe(svd.config, recipe) if recipe is None or isinstance(recipe, str) else recipe
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps)
@@ -152,7 +153,7 @@ def _cached(views: Callable[[int], View], count: int, progress: Callable[[Progre
     return lambda step: cached[step % count]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def animate(
     svd: SVD,
     motion: Motion | None,
@@ -164,46 +165,52 @@ def animate(
     seed: int = 0,
     micro: MicroConditioning | None = None,
     unconditional: bool = False,
-    in_turn: bool = False,
+    memory: str = "balanced",
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Tensor:
     """An image [1, 3, H, W] in [-1,1], moving as an embedding describes: a video, uint8 [F, 3, H, W] on the CPU.
 
     motion         None: plain image-to-video, with the image's own CLIP embedding
-    steps          of the solver; default: the model's
+    steps          steps of the solver; default: the model's
     guidance       scales for the first and the last frame; default: GUIDANCE, for `unconditional` (1, 10)
     solver         "euler", "heun" or "dpmpp-2m" (edm.SOLVERS)
-    seed           of all random draws
+    seed           for all random draws
     micro          default: the motion's, without one the model's
     unconditional  the motion alone (figure 6): only the size of the image matters, unless there is no motion
-    in_turn        evaluate the two branches of guidance one after the other: less memory, the same result
+    memory         "low": evaluate the two branches of guidance one after the other, for the same result
     progress       called after each step of the solver
 
-    Raises InputError where the motion was learnt on another model, FloatingPointError where a sample is not finite.
-    Warns where the motion was learnt on other weights of the same model.
+    Raises InputError where the motion was learned on another model, ValueError for an image of another shape or an
+    unknown solver, FloatingPointError where a sample is not finite, RuntimeError where a network has been released.
+    Warns where the motion was learned on other weights of the same model.
     """
     config = svd.config
-    if motion is not None:
-        motion.check_fits(config)
-        if differs(motion.fingerprint, fingerprint(svd.unet)):
-            warnings.warn(f"the embedding was learnt on other weights of {config.name} than these", stacklevel=2)
-        spatial, temporal = motion.sets
-        tokens, micro = (spatial.to(svd.device), temporal.to(svd.device)), micro or motion.micro
+    if image.shape[:2] != (1, 3) or image.ndim != 4:
+        raise ValueError(f"the image must be [1, 3, H, W], not {list(image.shape)}")
+    if solver not in edm.SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: {', '.join(edm.SOLVERS)}")
     image = image.to(svd.device)
     if motion is None:
-        tokens = svd.tokens_of(image, config.num_frames)
+        tokens, own = svd.tokens_of(image, config.num_frames), config.micro
+    else:
+        motion.check_fits(config)
+        if differs(motion.fingerprint, fingerprint(svd.unet)):
+            warnings.warn(f"the embedding was learned on other weights of {config.name} than these", stacklevel=2)
+        spatial, temporal = motion.sets
+        tokens, own = (spatial.to(svd.device), temporal.to(svd.device)), motion.micro
     svd.park("image_encoder")
 
     generator = torch.Generator().manual_seed(seed)
-    cond = svd.prepare(image, tokens, micro or config.micro, generator)
+    cond = svd.prepare(image, tokens, micro or own, generator)
     svd.park("vae")
-    n = torch.randn(cond.concat.shape, generator=generator).to(image)
     if unconditional:
         cond = cond.without_image()
-    steps = steps or config.num_steps
+    steps = config.num_steps if steps is None else steps
     guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
+    n = torch.randn(cond.concat.shape, generator=generator).to(image)
+    xs = svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], in_turn=memory == "low")
     latents = n
-    for step, x in enumerate(svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], in_turn), start=1):
+    for step, x in enumerate(xs, start=1):
         latents = x
         progress(Progress("sample", step, steps))
     svd.park("unet")

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from minimti import edm
 from minimti.config import MicroConditioning, SVDConfig
-from minimti.networks import image_encoder
-from minimti.networks.lowmem_decode import decode
+from minimti.networks import image_encoder, lowmem_decode
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
 
@@ -57,7 +56,7 @@ class SVD(nn.Module):
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
         self.image_encoder = image_encoder.build(config.image_encoder)
-        self.device: torch.device | None = None  # where the networks compute; None: wherever their weights are
+        self.device: torch.device | None = None  # where the networks compute; None: where their weights are, unparked
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,14 +77,14 @@ class SVD(nn.Module):
         return raw * self.config.vae.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, F, z, h, w] -> clips [B, F, 3, H, W], about [-1,1].
+        """Scaled latents [B, F, z, h, w] -> clips [B, F, 3, H, W], about [-1,1]. Without gradients.
 
         All frames of a clip are decoded together: the decoder's layers over time mix them, so decoding in chunks of
         frames is another function, with visible seams.
         """
         self._fetch("vae")
         raw = (latents / self.config.vae.scale_factor).to(self.vae.quant_conv.weight.dtype)
-        return torch.stack([decode(self.vae.decoder, clip) for clip in raw]).to(latents.dtype)
+        return torch.stack([lowmem_decode.decode(self.vae.decoder, clip) for clip in raw]).to(latents.dtype)
 
     def tokens_of(self, image: Tensor, num_frames: int) -> Tokens:
         """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding as the only one, N = 1."""
@@ -156,8 +155,8 @@ class SVD(nn.Module):
     ) -> Iterator[Tensor]:
         """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the solver's steps.
 
-        Raises FloatingPointError at the end if a step gave numbers that are not finite, and names the first. A check in
-        every step would make the device wait.
+        Raises FloatingPointError after the last step if a step gave numbers that are not finite, and names the first. A
+        check in every step would make the device wait.
         """
         config, D = self.config, self.denoiser(cond, guidance, in_turn)
         sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
@@ -177,15 +176,22 @@ class SVD(nn.Module):
             getattr(self, name).to("cpu")
 
     def release(self, name: str) -> None:
-        """Frees a network for good. Using it afterwards raises RuntimeError."""
+        """Frees a network for good. Using it afterwards raises ReleasedError, a RuntimeError."""
         setattr(self, name, _Released(name))
 
     def _fetch(self, name: str) -> None:
         network: nn.Module = getattr(self, name)
         if isinstance(network, _Released):
-            network()  # raises
+            raise ReleasedError(name)
         if self.device is not None and next(network.parameters()).device != self.device:
             network.to(self.device)
+
+
+class ReleasedError(RuntimeError, AttributeError):
+    """A network was used after it had been released."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{name} was released to free its memory; load the model again to use it")
 
 
 class _Released(nn.Module):
@@ -196,7 +202,7 @@ class _Released(nn.Module):
         self.name = name
 
     def forward(self, *_: Tensor) -> NoReturn:
-        raise RuntimeError(f"{self.name} was released to free its memory; load the model again to use it")
+        raise ReleasedError(self.name)
 
     def __getattr__(self, name: str) -> NoReturn:
-        self.forward()
+        raise ReleasedError(self.name)

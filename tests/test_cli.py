@@ -144,12 +144,12 @@ def test_every_option_of_sampling_reaches_the_pipeline(work, call, reached):
     args = ["--emb", "m.pt", "img.png", *SMALL_FILE, "--out", "none.mp4"]
     call("sample.py", *args)
     assert reached["steps"] is None and reached["guidance"] is None and reached["solver"] == "euler"
-    assert reached["seed"] == 0 and not reached["unconditional"] and not reached["in_turn"]
+    assert reached["seed"] == 0 and not reached["unconditional"] and reached["memory"] == "balanced"
     assert reached["micro"] == SMALL.micro
     more = "--steps 9 --guidance 2 4 --solver heun --seed 3 --unconditional --memory low --fps 12 --motion-bucket 30"
     call("sample.py", *args, *more.split(), "--noise-aug", "0.1", "--size", "64x128")
     assert reached["steps"] == 9 and reached["guidance"] == (2, 4) and reached["solver"] == "heun"
-    assert reached["seed"] == 3 and reached["unconditional"] and reached["in_turn"]
+    assert reached["seed"] == 3 and reached["unconditional"] and reached["memory"] == "low"
     assert vars(reached["micro"]) == {"fps_id": 11, "motion_bucket_id": 30, "cond_aug": 0.1}
     assert reached["args"][2].shape == (1, 3, 128, 64)
 
@@ -250,7 +250,7 @@ def test_an_embedding_of_other_weights_is_warned_of(work, call):
     motion.save(work / "tuned.pt")
     args = ("--emb", "tuned.pt", "img.png", "--out", "tuned.mp4", "--steps", "1", *SMALL_FILE)
     code, _, error = call("sample.py", *args)
-    assert code == 0 and "sample.py: warning: the embedding was learnt on other weights of small" in error
+    assert code == 0 and "sample.py: warning: the embedding was learned on other weights of small" in error
 
 
 def test_each_video_is_written_when_it_is_done(work, call, monkeypatch):

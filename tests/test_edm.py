@@ -70,7 +70,7 @@ def test_solvers_of_order_2_need_fewer_steps():
 
 @given(log_sigma=st.floats(math.log(0.002), math.log(700)))
 def test_loss_is_the_weighted_error_of_the_denoiser(log_sigma):
-    """Equation 3 with lambda = (1 + sigma^2) / sigma^2, computed the direct way, in float64."""
+    """Equation 1 with lambda = (1 + sigma^2) / sigma^2, computed the direct way, in float64."""
     x0, n = torch.randn(2, 2, 3, 4, 8, 8, dtype=torch.float64)
     sigma = sigma_like(x0, math.exp(log_sigma))
 

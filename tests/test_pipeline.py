@@ -122,7 +122,7 @@ def test_tokens_start_from_the_embeddings_of_the_frames(mini_svd, clip, name):
     assert torch.equal(shared.tokens, expected[-1:]) and shared.num_frames == F
 
 
-def test_one_shared_set_is_learnt(mini_svd, clip):
+def test_one_shared_set_is_learned(mini_svd, clip):
     start, motion = (learn(mini_svd, clip, recipe="muon", steps=steps, shared=True) for steps in (0, 2))
     assert motion.tokens.shape == (1, 5, MINI.unet.context_dim)
     assert ((motion.tokens - start.tokens).abs().amax(dim=-1) > 0).all()
@@ -253,7 +253,7 @@ def test_an_embedding_of_another_model_is_refused_and_one_of_other_weights_warne
     with pytest.raises(InputError, match="the embedding is for model 'other'"):
         animate(mini_svd, replace(motion, model="other"), image())
     tuned = {name: [number + 0.5 for number in numbers] for name, numbers in motion.fingerprint.items()}
-    with pytest.warns(UserWarning, match="learnt on other weights of mini"):
+    with pytest.warns(UserWarning, match="learned on other weights of mini"):
         animate(mini_svd, replace(motion, fingerprint=tuned), image(), steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

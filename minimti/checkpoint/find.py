@@ -21,7 +21,7 @@ SINGLE_FILES = {
     "svd": "svd.safetensors",
     "svd-xt": "svd_xt.safetensors",
     "svd-xt-1-1": "svd_xt_1_1.safetensors",
-    "tiny": "tiny/tiny.safetensors",  # the embedded model, which no repository holds and no diffusers folder
+    "tiny": "tiny/tiny.safetensors",  # the embedded model, in this repository only
 }
 FOLDER_FILES = {
     "unet": "unet/diffusion_pytorch_model{}.safetensors",
@@ -70,7 +70,7 @@ def automatic(device: torch.device, weights: Path = WEIGHTS) -> str:
     for model in REPOSITORIES:
         if _local(model, weights) or _cached(model):
             return model
-    return "tiny" if device.type == "cpu" else "svd"
+    return "svd" if device.type == "cuda" else "tiny"
 
 
 def _local(model: str, weights: Path) -> Path | None:

@@ -40,7 +40,7 @@ class Settings:
     inversion_seeds: int = 2  # inversions of each motion in `ablation` and `optimiser`
     kind_targets: int = 2  # targets of each motion in `kinds`
     noise_levels: int = 8  # at which the model's loss is taken
-    cached_views: int | None = None  # in every recipe, so that recipes differ in the optimisation only (None: as own)
+    cached_views: int | None = None  # in every recipe, so that recipes differ in the optimisation only (None: the recipe's)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Evaluation:
         return self._as_motion(torch.cat([embeddings, embeddings.mean(0, keepdim=True)])[:, None])  # [F + 1, 1, d]
 
     def _as_motion(self, tokens: Tensor) -> Motion:
-        """Tokens [F + 1, N, d] or [1, N, d] that nothing was optimised for."""
+        """Tokens [F + 1, N, d] or [1, N, d] that do not come from an inversion."""
         config = self.config
         return Motion(
             tokens=tokens,
@@ -193,7 +193,7 @@ class Evaluation:
         return Inversion(replace(chosen, steps=steps, num_cached_views=num_views), self.seed)
 
     def learn(self, case: Case, inversion: Inversion | None = None) -> Motion:
-        """The motion of a case's reference as an embedding, by the model's own recipe unless told; remembered."""
+        """The motion of a case's reference as an embedding, by `inversion` or the model's own recipe; cached."""
         inversion = inversion or self.inversion()
         if (case, inversion) not in self._motions:
             *_, self._motions[case, inversion] = self.snapshots(case, inversion, [inversion.recipe.steps])
@@ -243,7 +243,7 @@ class Evaluation:
         """`animate_all` for the targets of a case; remembered for each motion object."""
         key = case, id(motion)
         if key not in self._clips:
-            self._clips[key] = motion, self.animate_all(case.targets, motion)  # a motion that is kept keeps its id
+            self._clips[key] = motion, self.animate_all(case.targets, motion)  # holding the motion keeps its id from being reused
         return self._clips[key][1]
 
     # ------------------------------------------------------------------------------------------ measures
@@ -258,7 +258,7 @@ class Evaluation:
 
     @torch.no_grad()
     def loss(self, scene: Scene, motion: Motion | None, index: int) -> float:
-        """The model's loss (equation 3) on the clip that `scene` describes, given its first frame and an embedding.
+        """The model's loss (equation 1) on the clip that `scene` describes, given its first frame and an embedding.
 
         A mean over noise levels, evenly spread over SVD's training distribution. The better an embedding describes
         the motion, the lower its loss, even where the model is too weak to draw it.

@@ -54,7 +54,7 @@ def transfer(evaluation: Evaluation) -> Result:
 
 
 def baselines(evaluation: Evaluation) -> Result:
-    """Section 4.1: conditioning without any optimisation.
+    """Section 4.3: conditioning without any optimisation.
 
     "target's image": plain image-to-video, conditioned on the target's own embedding. "reference's frames": the
     embeddings of the reference's frames, with which an inversion begins.

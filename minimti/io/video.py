@@ -63,7 +63,7 @@ def read_clip(
     Raises InputError as `decode_clip` does, and for a size that the networks cannot halve often enough.
     """
     size = check_size(size or config.size, config)
-    frames, times, fps = decode_clip(path, num_frames or config.num_frames, start, end, stride)
+    frames, times, fps = decode_clip(path, config.num_frames if num_frames is None else num_frames, start, end, stride)
     source_size = (frames.shape[-1], frames.shape[-2])
     return Clip(fit(frames, size), fps, times, str(path), source_size)
 

@@ -1,7 +1,7 @@
 """The spatiotemporal UNet of Stable Video Diffusion, with a set of tokens for every frame.
 
 Source: VideoUNet in sgm/modules/diffusionmodules/video_model.py of Stability's generative-models. There all frames of
-a clip share their tokens; motion-textual inversion gives each frame its own (the paper's 3.2).
+a clip share their tokens; motion-textual inversion gives each frame its own (the paper's 3.4.2).
 """
 
 from collections.abc import Iterator

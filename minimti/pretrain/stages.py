@@ -38,7 +38,7 @@ NUM_FACTS = 11 + 3 * WAYPOINTS
 FACTS_WEIGHT = 4.0
 UNIT_WEIGHT = 0.1
 
-# Diffusion. ln sigma ~ N(P_MEAN, P_STD^2): less noise than inversion draws, because appearance is learnt here too.
+# Diffusion. ln sigma ~ N(P_MEAN, P_STD^2): less noise than inversion draws, because appearance is learned here too.
 P_MEAN, P_STD = 1.5, 1.7
 DROP_IMAGE, DROP_TOKENS, DROP_BOTH = 0.1, 0.1, 0.05  # probabilities of condition dropout, for guidance
 
@@ -308,7 +308,7 @@ def tower_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.r
 def denoising_loss(
     model: PretrainModel, clips: EncodedClips, pick: np.ndarray, tokens: Tensor, rng: np.random.Generator
 ) -> Tensor:
-    """The paper's equation 3 on the clips with indices `pick` [B], given their tokens [B, N, d]; a scalar.
+    """The paper's equation 1 on the clips with indices `pick` [B], given their tokens [B, N, d]; a scalar.
 
     All frames and the temporal set have the same tokens. Image and tokens are dropped (zeroed) at random. The noise
     levels of a batch are stratified: one in each of B equally likely intervals.

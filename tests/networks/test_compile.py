@@ -6,12 +6,10 @@ import pytest
 import torch
 from official import SMALL, fill_by_name
 
-from minimti import cli
 from minimti.networks.recompute import set_mode
 from minimti.networks.unet import UNet
 
 CONFIG = replace(SMALL.unet, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,))
-CPU = torch.device("cpu")
 
 
 def step(unet: UNet, draw: int, learns: bool) -> list[torch.Tensor]:
@@ -36,21 +34,8 @@ def test_one_graph(learns, mode):
     set_mode(unet, mode)
     plain = [step(unet, draw, learns) for draw in range(2)]
     torch._dynamo.reset()
-    cli.compile_if_asked(unet, True, CPU)
+    unet.compile(fullgraph=True, dynamic=False)
     for draw in range(2):
         with torch._dynamo.config.patch(error_on_recompile=draw > 0):
             for ours, reference in zip(step(unet, draw, learns), plain[draw]):
                 assert (ours - reference).norm() < 1e-5 * reference.norm()
-
-
-def test_only_a_gpu_is_worth_the_wait_by_default(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(UNet, "compile", lambda unet, **options: compiled.append(options))
-    with torch.device("meta"):
-        unet = UNet(CONFIG)
-    for device, asked in ((CPU, None), (torch.device("cuda"), False)):
-        cli.compile_if_asked(unet, asked, device)
-    assert not compiled
-    for device, asked in ((CPU, True), (torch.device("cuda"), None)):
-        cli.compile_if_asked(unet, asked, device)
-    assert compiled == [{"fullgraph": True, "dynamic": False}] * 2
