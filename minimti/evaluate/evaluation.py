@@ -40,7 +40,7 @@ class Settings:
     inversion_seeds: int = 2  # inversions of each motion in `ablation` and `optimiser`
     kind_targets: int = 2  # targets of each motion in `kinds`
     noise_levels: int = 8  # at which the model's loss is taken
-    cached_views: int | None = None  # in every recipe, so that recipes differ in the optimisation only (None: the recipe's)
+    cached_views: int | None = None  # the same in every recipe, so that the rest alone differs (None: the recipe's)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ class Evaluation:
         """`animate_all` for the targets of a case; remembered for each motion object."""
         key = case, id(motion)
         if key not in self._clips:
-            self._clips[key] = motion, self.animate_all(case.targets, motion)  # holding the motion keeps its id from being reused
+            # Holding the motion keeps its id from being reused.
+            self._clips[key] = motion, self.animate_all(case.targets, motion)
         return self._clips[key][1]
 
     # ------------------------------------------------------------------------------------------ measures
