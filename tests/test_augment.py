@@ -107,3 +107,14 @@ def test_contrast_is_about_mid_grey():
     for seed in range(10):
         together, alone = augmented(clip, seed), augmented(clip[1:], seed)
         assert torch.equal(together[1:], alone)
+
+
+def test_colours_are_clipped_before_saturation_and_hue_change():
+    """Two reds that contrast and brightness carry beyond the domain, or two greens below it, end as one colour."""
+    changes, compared = colour_changes(), 0
+    for seed, contrast, brightness in zip(SEEDS, changes["contrast"], changes["brightness"]):
+        for inner, outer in (((0.9, -0.2, 0.1), (1.0, -0.2, 0.1)), ((-0.9, 0.2, -0.1), (-1.0, 0.2, -0.1))):
+            if abs(inner[0] * contrast + brightness) > 1:
+                assert torch.allclose(augmented(plain(*inner), seed), augmented(plain(*outer), seed), atol=1e-6)
+                compared += 1
+    assert compared > 20

@@ -44,6 +44,7 @@ def test_the_papers_recipe_is_that_of_section_b_2():
 def test_ours_takes_half_the_steps():
     recipe = make_recipe(MODELS["svd"], "muon")
     assert recipe == Recipe("muon", True, True, 500, 0.2, p_mean=2.8, p_std=1.6, num_cached_views=25)
+    assert make_recipe(replace(MODELS["svd"], num_iterations=301), "muon").steps == 150
 
 
 def test_a_model_names_its_own_recipe():
@@ -132,12 +133,15 @@ def test_no_two_draws_share_a_generator(mini_svd, motion, clip, monkeypatch):
     seeds = [module._generator(seed, draw).initial_seed() for seed in (0, 1, 2) for draw in range(2000)]
     assert len({0, *seeds}) == 6001  # 0 is the seed of the tokens' first noise
     used, generator = [], module._generator
-    monkeypatch.setattr(module, "_generator", lambda seed, draw: used.append((seed, draw)) or generator(seed, draw))
-    for seed in (0, 1):
-        for index in range(3):
-            view(mini_svd, clip, replace(motion, seed=seed), True, index)
-            draw(ADAM, 700.0, seed, index, torch.Size([4]))
-    assert len(set(used)) == len(used) == 12
+    monkeypatch.setattr(module, "_generator", lambda *args: used.append(args) or generator(*args))
+    for index in range(3):
+        view(mini_svd, clip, motion, True, index)
+    views = used.copy()
+    for recipe in (ADAM, MUON):
+        used.clear()
+        for step in range(3):
+            draw(recipe, 700.0, 0, step, torch.Size([4]))
+        assert len(set(views)) == len(set(used)) == 3 and not set(views) & set(used)
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
