@@ -60,6 +60,21 @@ def test_solvers_have_their_order(solver, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.parametrize("solver, expected", [("euler", [4, 2, 1]), ("heun", [4, 2, 2, 1, 1]), ("dpmpp-2m", [4, 2, 1])])
+def test_solvers_evaluate_the_denoiser_at_these_sigmas(solver, expected):
+    """They start from the noise of the data and the largest sigma together, and end on D: here on 7."""
+    seen, n = [], torch.randn(3, 2, 4, 8, 8)
+
+    def denoiser(x, sigma):
+        seen.append((x, sigma))
+        return torch.full_like(x, 7.0)
+
+    xs = list(edm.SOLVERS[solver](denoiser, n, torch.tensor([4.0, 2.0, 1.0, 0.0])))
+    assert torch.allclose(seen[0][0], n * 17**0.5)
+    assert [sigma.tolist() for _, sigma in seen] == [[sigma] * 3 for sigma in expected]
+    assert len(xs) == 3 and torch.allclose(xs[-1], torch.full_like(n, 7.0), atol=1e-5)
+
+
 def test_solvers_of_order_2_need_fewer_steps():
     """16 evaluations of DPM-Solver++ for Euler's 25. Heun's 16 steps are 31: it only pays where much is asked."""
     limit = error_on_a_unit_gaussian("euler", 25)

@@ -1,5 +1,6 @@
 """Motion-textual inversion: what a step draws, what the optimiser gets, and what a fault leaves."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -43,6 +44,7 @@ def test_the_papers_recipe_is_that_of_section_b_2():
 def test_ours_takes_half_the_steps():
     recipe = make_recipe(MODELS["svd"], "muon")
     assert recipe == Recipe("muon", True, True, 500, 0.2, p_mean=2.8, p_std=1.6, num_cached_views=25)
+    assert make_recipe(replace(MODELS["svd"], num_iterations=301), "muon").steps == 150
 
 
 def test_a_model_names_its_own_recipe():
@@ -127,9 +129,19 @@ def test_a_view_is_of_the_augmented_clip(mini_svd, motion, clip, monkeypatch):
     assert [flip for _, flip in calls] == [True, False] and calls[0][0] is clip
 
 
-def test_no_two_draws_share_a_generator():
+def test_no_two_draws_share_a_generator(mini_svd, motion, clip, monkeypatch):
     seeds = [module._generator(seed, draw).initial_seed() for seed in (0, 1, 2) for draw in range(2000)]
-    assert len({0, *seeds}) == 6001  # 0 is the seed of the initial noise
+    assert len({0, *seeds}) == 6001  # 0 is the seed of the tokens' first noise
+    used, generator = [], module._generator
+    monkeypatch.setattr(module, "_generator", lambda *args: used.append(args) or generator(*args))
+    for index in range(3):
+        view(mini_svd, clip, motion, True, index)
+    views = used.copy()
+    for recipe in (ADAM, MUON):
+        used.clear()
+        for step in range(3):
+            draw(recipe, 700.0, 0, step, torch.Size([4]))
+        assert len(set(views)) == len(set(used)) == 3 and not set(views) & set(used)
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
@@ -209,8 +221,8 @@ def test_inversion_lowers_the_loss(mini_svd, motion, clip):
         return edm.loss(mini_svd.network(cond), x0, sigma, n).item()
 
     before = loss()
-    run(mini_svd, clip, motion, replace(ADAM, steps=25, lr=1.0, p_std=0.5), flip=False)
-    assert motion.steps == 25
+    run(mini_svd, clip, motion, replace(ADAM, steps=8, lr=1.0, p_std=0.5), flip=False)
+    assert motion.steps == 8
     assert loss() < 0.9 * before
 
 
@@ -253,10 +265,22 @@ def test_a_fault_leaves_the_last_good_step(mini_svd, motion, clip, monkeypatch, 
     assert torch.equal(motion.tokens, expected) and motion.steps == bad and yielded == [0.5] * bad
 
 
+@pytest.mark.parametrize("recipe", [ADAM, MUON])
+def test_a_step_that_is_not_finite_changes_neither_tokens_nor_optimiser(motion, recipe):
+    optimizer, gradient = OPTIMIZERS[recipe.optimizer](motion.tokens, replace(recipe, steps=9)), motion.tokens.clone()
+    module._step_if(torch.tensor(True), optimizer, gradient)
+    before = motion.tokens.clone()
+    states = [{k: v.clone() for k, v in state.items()} for state in optimizer.torch_optimizer.state.values()]
+    module._step_if(torch.tensor(False), optimizer, gradient * torch.nan)
+    assert torch.equal(motion.tokens, before) and not torch.equal(before, gradient) and any(states)
+    for state, old in zip(optimizer.torch_optimizer.state.values(), states):
+        assert all(torch.equal(state[name], value) for name, value in old.items())
+
+
 def test_a_loss_that_is_not_finite_is_a_fault_too(mini_svd, motion, clip, monkeypatch):
     before = motion.tokens.clone()
-    zero = torch.zeros_like(motion.tokens)
-    monkeypatch.setattr(module, "loss_and_gradient", lambda *_: (torch.tensor(torch.inf), zero))
+    gradient = torch.randn(motion.tokens.shape)
+    monkeypatch.setattr(module, "loss_and_gradient", lambda *_: (torch.tensor(torch.inf), gradient))
     with pytest.raises(FloatingPointError, match="step 1 "):
         run(mini_svd, clip, motion, MUON)
     assert torch.equal(motion.tokens, before)
@@ -270,11 +294,21 @@ def test_a_clip_that_is_not_finite_is_a_fault(mini_svd, motion, clip):
 
 
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
-def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, recipe):
+def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, monkeypatch, recipe):
     """Every loss arrives once and in order, and the tokens are the same."""
+    constant, gradients = view(mini_svd, clip, motion, False, 0), torch.randn(7, *motion.tokens.shape)
     results = []
-    for fetch_every in (1, 3, 100):
-        copy = replace(motion, tokens=motion.tokens.clone())
-        results.append((run(mini_svd, clip, copy, replace(recipe, steps=4), fetch_every=fetch_every), copy.tokens))
-    for losses, tokens in results[1:]:
-        assert losses == results[0][0] and len(losses) == 4 and torch.equal(tokens, results[0][1])
+    for fetch_every in (None, 1, 3, 7, 100):
+        copy, steps = replace(motion, tokens=motion.tokens.clone()), iter(range(7))
+
+        def planted(svd, motion, view, sigma, n, steps=steps):
+            return torch.tensor(float(step := next(steps))), gradients[step]
+
+        monkeypatch.setattr(module, "loss_and_gradient", planted)
+        losses = []
+        for loss in invert(mini_svd, lambda _: constant, copy, replace(recipe, steps=7), fetch_every):
+            losses.append(loss)
+            assert copy.steps == min(7, math.ceil(len(losses) / (fetch_every or 1)) * (fetch_every or 1))
+        results.append(copy.tokens)
+        assert losses == list(range(7))
+    assert all(torch.equal(results[0], tokens) for tokens in results[1:])

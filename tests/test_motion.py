@@ -41,6 +41,17 @@ def test_the_shared_start_is_the_mean_embedding_in_every_set():
     assert noise.std().item() == pytest.approx(0.1, rel=0.02) and not torch.equal(tokens[0, 0], tokens[0, 1])
 
 
+@pytest.mark.parametrize("shared_start", [False, True])
+def test_a_start_repeats_with_its_generator_and_stays_on_the_device(shared_start):
+    """The noise is drawn on the CPU from the generator and added: the same for a seed on every device."""
+    generator, again = (torch.Generator().manual_seed(3) for _ in range(2))
+    tokens = initialise(torch.zeros(F, D), N, generator, shared_start=shared_start)
+    noise = torch.randn(1 if shared_start else F + 1, N, D, generator=again)
+    assert torch.equal(tokens, (0.1 * noise).expand(F + 1, -1, -1))
+    on_meta = initialise(torch.empty(F, D, device="meta"), N, generator, shared_start=shared_start)
+    assert on_meta.device.type == "meta"
+
+
 def test_set_f_is_that_of_frame_f():
     motion = make()
     spatial, temporal = motion.sets
@@ -64,6 +75,12 @@ def test_an_embedding_survives_its_file(tmp_path, name, sets):
     assert torch.equal(back.tokens, motion.tokens) and not back.tokens.requires_grad
     assert vars(back) | {"tokens": None} == vars(motion) | {"tokens": None}
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_smallest_embedding_survives_its_file(tmp_path):
+    motion = Motion(torch.zeros(2, 1, 1), 1, SMALL.name, SMALL.micro, size=(1, 8192), steps=0, seed=0)
+    motion.save(tmp_path / "m.pt")
+    assert vars(Motion.load(tmp_path / "m.pt")) | {"tokens": None} == vars(motion) | {"tokens": None}
 
 
 def test_files_of_version_0_1_0_load():
@@ -95,11 +112,13 @@ def saved_with(path: Path, **changes) -> Path:
         {"size": ("64", "64")},
         {"size": (64,)},
         {"size": (64, 64, 64)},
-        {"size": (64, -64)},
+        {"size": (64, 0)},
+        {"size": (8193, 64)},
         {"size": (64.0, 64)},
         {"size": 64},
         {"steps": "7"},
         {"steps": True},
+        {"steps": -1},
         {"seed": -1},
         {"num_frames": 0},
         {"num_frames": 4.0},
@@ -112,6 +131,8 @@ def saved_with(path: Path, **changes) -> Path:
         {"tokens": torch.randn(F + 1, N * D)},
         {"tokens": [[1.0]]},
         {"fingerprint": {"a": ["b"]}},
+        {"fingerprint": {"a": [float("nan")]}},
+        {"tokens": torch.randn(F + 1, N, D).to_sparse()},
         {"fingerprint": [1.0]},
         {"version": None},
         {"version": 1},
@@ -139,6 +160,30 @@ def test_a_file_of_a_newer_version_names_it(tmp_path):
     with pytest.raises(InputError, match=r"written by a newer minimti \(99\.0\.0\); upgrade this one"):
         Motion.load(saved_with(tmp_path / "m.pt", version="99.0.0"))
     assert Motion.load(saved_with(tmp_path / "m.pt", version=module.__version__)).steps == 7
+
+
+class Intruder:
+    """What a pickle runs when it is loaded as ordinary pickles are."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("intruded"),)
+
+
+def test_no_code_in_a_file_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not a motion-text embedding"):
+        Motion.load(saved_with(tmp_path / "m.pt", model=Intruder()))
+    assert not Path("intruded").exists()
+
+
+def test_a_newer_file_is_named_whatever_it_holds(tmp_path):
+    with pytest.raises(InputError, match="written by a newer minimti"):
+        Motion.load(saved_with(tmp_path / "m.pt", version="99.0.0", schedule="cosine", micro=None))
+
+
+def test_tokens_are_loaded_without_a_graph(tmp_path):
+    tokens = torch.randn(F + 1, N, D, requires_grad=True)
+    assert not Motion.load(saved_with(tmp_path / "m.pt", tokens=tokens)).tokens.requires_grad
 
 
 def test_other_files_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Conditioning, guidance and sampling: what training and sampling share."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -80,16 +81,18 @@ def test_the_forms_of_a_conditioning(mini_svd, image):
 
 
 @torch.no_grad()
-def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(mini_svd, image):
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(mini_svd, in_turn):
     """Its own estimate is D(negative) + scale * (D(positive) - D(negative)), with the scale of each frame."""
-    cond, x, sigma = conditioning(mini_svd, image), torch.randn(1, F, *LATENT), torch.tensor([2.0])
+    x, concat = torch.randn(2, 3, 3, LATENT[0], 4, 6)  # three clips of three frames
+    cond = Conditioning(concat, torch.rand(3, 3), torch.randn(3, 3, N, D), torch.randn(3, N, D))
     zeroed = replace(cond, concat=cond.concat * 0, spatial=cond.spatial * 0, temporal=cond.temporal * 0)
+    sigma = torch.tensor([0.5, 2.0, 8.0])
     negative, positive = (edm.denoise(mini_svd.network(c), x, sigma) for c in (zeroed, cond))
-    for in_turn in (False, True):
-        estimate = mini_svd.denoiser(cond, (0.0, 3.0), in_turn)(x, sigma)
-        for frame, scale in enumerate((0.0, 1.0, 2.0, 3.0)):
-            expected = negative[0, frame] + scale * (positive[0, frame] - negative[0, frame])
-            assert torch.allclose(estimate[0, frame], expected, atol=1e-4)
+    estimate = mini_svd.denoiser(cond, (0.0, 3.0), in_turn)(x, sigma)
+    for frame, scale in enumerate((0.0, 1.5, 3.0)):
+        expected = negative[:, frame] + scale * (positive[:, frame] - negative[:, frame])
+        assert torch.allclose(estimate[:, frame], expected, atol=1e-4)
 
 
 @torch.no_grad()
@@ -102,20 +105,25 @@ def test_sampling_starts_from_the_noise_at_the_largest_sigma(mini_svd, image, mo
 
 
 @torch.no_grad()
-def test_tokens_are_projected_once_per_sample(mini_svd, image, monkeypatch):
+@pytest.mark.parametrize("options, batches", [({}, [2]), ({"in_turn": True}, [1, 1])], ids=str)
+def test_tokens_are_projected_once_per_sample(mini_svd, image, monkeypatch, options, batches):
+    """And the two branches are evaluated as one batch or in turn, in every step."""
     projected, evaluated = [], []
     project, forward = mini_svd.unet.project_tokens, mini_svd.unet.forward
-    monkeypatch.setattr(mini_svd.unet, "project_tokens", lambda *tokens: projected.append(1) or project(*tokens))
-    monkeypatch.setattr(mini_svd.unet, "forward", lambda *args: evaluated.append(1) or forward(*args))
-    list(mini_svd.sample(conditioning(mini_svd, image), torch.randn(1, F, *LATENT), 4, (1.0, 3.0)))
-    assert (len(projected), len(evaluated)) == (1, 4)
+    monkeypatch.setattr(mini_svd.unet, "project_tokens", lambda *args: projected.append(len(args[0])) or project(*args))
+    monkeypatch.setattr(mini_svd.unet, "forward", lambda *args: evaluated.append(len(args[0])) or forward(*args))
+    cond, n = conditioning(mini_svd, image), torch.randn(1, F, *LATENT)
+    list(mini_svd.sample(cond, n, 3, (1.0, 3.0), **options))
+    assert (projected, evaluated) == (batches, 3 * batches)
+    mini_svd.denoiser(cond, (1.0, 3.0), **options)(n, torch.ones(1))
+    assert (projected, evaluated) == (2 * batches, 4 * batches)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_sample_that_is_not_finite_names_its_step(mini_svd, image, monkeypatch, steps):
     n = torch.full((1, F, *LATENT), torch.inf)
-    with pytest.raises(FloatingPointError, match=rf"step 1 of {steps} \(sigma 700\)"):
+    with pytest.raises(FloatingPointError, match=rf"step 1 of {steps} \(sigma 700\) gave"):
         list(mini_svd.sample(conditioning(mini_svd, image), n, steps, (1.0, 3.0)))
 
 
@@ -135,17 +143,36 @@ def build() -> SVD:
     return fill_by_name(svd, MINI, "")
 
 
+def uses(svd: SVD, image: torch.Tensor) -> dict[str, list[Callable[[], object]]]:
+    """The calls that compute with each network."""
+    cond = Conditioning(torch.zeros(1, F, *LATENT), torch.zeros(1, 3), *tokens())
+    return {
+        "vae": [
+            lambda: svd.encode(image[None]),
+            lambda: svd.decode(torch.zeros(1, F, *LATENT)),
+            lambda: svd.prepare(image, tokens(), MINI.micro, torch.Generator()),
+        ],
+        "image_encoder": [lambda: svd.embed(image)],
+        "unet": [lambda: svd.network(cond)],
+    }
+
+
+@torch.no_grad()
+def test_networks_of_another_precision_take_and_give_fp32(image):
+    svd = build().double()
+    assert svd.dtype == torch.float64
+    cond, n = conditioning(svd, image), torch.randn(1, F, *LATENT)
+    (x,) = svd.sample(cond, n, 1, (1.0, 3.0))
+    for out in (svd.embed(image), svd.encode(image[None]), svd.decode(n), cond.concat, cond.micro, x):
+        assert out.dtype == torch.float32
+
+
 @torch.no_grad()
 def test_a_released_network_is_named_when_it_is_used(image):
     svd = build()
     for name in ("vae", "image_encoder", "unet"):
         svd.release(name)
-    uses = {
-        "vae": [lambda: svd.encode(image[None]), lambda: svd.decode(torch.zeros(1, F, *LATENT))],
-        "image_encoder": [lambda: svd.embed(image)],
-        "unet": [lambda: svd.network(Conditioning(torch.zeros(1, F, *LATENT), torch.zeros(1, 3), *tokens()))],
-    }
-    for name, calls in uses.items():
+    for name, calls in uses(svd, image).items():
         for call in calls:
             with pytest.raises(RuntimeError, match=f"{name} was released"):
                 call()
@@ -166,12 +193,24 @@ class Recorded(torch.nn.Linear):
 
 def test_a_parked_network_is_fetched_when_it_is_used(image):
     svd = build()
-    svd.vae = Recorded()
-    svd.park("vae")
-    assert svd.vae.moves == []  # no device of its own: nothing to move
-    svd.device = torch.device("meta")
-    svd.park("vae")
-    assert svd.vae.moves == ["cpu"]
-    with pytest.raises(AttributeError):  # the stand-in cannot encode
+    for name, calls in uses(svd, image).items():
+        for call in calls:
+            network = Recorded()
+            setattr(svd, name, network)
+            svd.device = None
+            svd.park(name)
+            assert network.moves == []  # no device of its own: nothing to move
+            svd.device = torch.device("meta")
+            svd.park(name)
+            assert network.moves == ["cpu"]
+            with pytest.raises((AttributeError, RuntimeError)):  # the stand-in computes nothing of use
+                call()
+            assert network.moves == ["cpu", "meta"]
+
+
+def test_a_network_that_is_where_it_computes_is_not_moved(image):
+    svd = build()
+    svd.vae, svd.device = Recorded(), torch.device("cpu")
+    with pytest.raises(AttributeError):
         svd.encode(image[None])
-    assert svd.vae.moves == ["cpu", "meta"]
+    assert svd.vae.moves == []
