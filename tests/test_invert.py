@@ -266,15 +266,19 @@ def test_a_fault_leaves_the_last_good_step(mini_svd, motion, clip, monkeypatch, 
 
 
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
-def test_a_step_that_is_not_finite_changes_neither_tokens_nor_optimiser(motion, recipe):
-    optimizer, gradient = OPTIMIZERS[recipe.optimizer](motion.tokens, replace(recipe, steps=9)), motion.tokens.clone()
-    module._step_if(torch.tensor(True), optimizer, gradient)
-    before = motion.tokens.clone()
-    states = [{k: v.clone() for k, v in state.items()} for state in optimizer.torch_optimizer.state.values()]
-    module._step_if(torch.tensor(False), optimizer, gradient * torch.nan)
-    assert torch.equal(motion.tokens, before) and not torch.equal(before, gradient) and any(states)
-    for state, old in zip(optimizer.torch_optimizer.state.values(), states):
-        assert all(torch.equal(state[name], value) for name, value in old.items())
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_step_that_is_not_finite_changes_neither_tokens_nor_optimiser(motion, recipe, good):
+    """After a bad first or second step, good ones go on as if it had not been taken."""
+    gradients, results = torch.randn(4, *motion.tokens.shape), []
+    for bad in (False, True):
+        tokens = motion.tokens.clone()
+        optimizer = OPTIMIZERS[recipe.optimizer](tokens, replace(recipe, steps=10_000))  # a rate that hardly falls
+        for step, gradient in enumerate(gradients):
+            if bad and step == good:
+                module._step_if(torch.tensor(False), optimizer, gradient * torch.nan)
+            module._step_if(torch.tensor(True), optimizer, gradient)
+        results.append(tokens)
+    assert torch.allclose(*results, rtol=1e-5, atol=1e-6) and not torch.allclose(results[0], motion.tokens, atol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_is_a_fault_too(mini_svd, motion, clip, monkeypatch):

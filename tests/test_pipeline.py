@@ -310,6 +310,23 @@ def test_memory_modes_learn_the_same(svd, clip, motion, memory):
     assert torch.allclose(other.tokens, motion.tokens, atol=1e-4)
 
 
+def test_the_memory_mode_is_the_models_own_unless_one_is_named(svd, clip, monkeypatch):
+    modes = []
+    monkeypatch.setattr(pipeline, "set_mode", lambda unet, mode: modes.append(mode))
+    monkeypatch.setattr(svd, "config", replace(CONFIG, memory="balanced"))
+    for memory in (None, "low"):
+        learn(svd, clip, recipe=RECIPE, steps=0, memory=memory)
+    assert modes == ["balanced", "low"]
+
+
+@pytest.mark.parametrize("options, batches", [({}, [2]), ({"memory": "low"}, [1, 1])], ids=str)
+def test_low_memory_samples_the_branches_in_turn(svd, motion, monkeypatch, options, batches):
+    seen, forward = [], svd.unet.forward
+    monkeypatch.setattr(svd.unet, "forward", lambda *args: seen.append(len(args[0])) or forward(*args))
+    animate(svd, motion, image(), steps=2, **options)
+    assert seen == 2 * batches
+
+
 def test_training_and_sampling_condition_alike(svd, clip, monkeypatch, tmp_path):
     """The inputs of the UNet in a training step, but noise, are those of sampling for the same image and draws."""
     seen, states, forward, prepare = [], [], svd.unet.forward, svd.prepare
