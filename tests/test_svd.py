@@ -176,6 +176,9 @@ def test_a_released_network_is_named_when_it_is_used(image):
         for call in calls:
             with pytest.raises(RuntimeError, match=f"{name} was released"):
                 call()
+        for use in (lambda network: network(image), lambda network: network.weight):
+            with pytest.raises(RuntimeError, match=f"{name} was released"):
+                use(getattr(svd, name))
     assert not list(svd.parameters())
 
 
