@@ -30,7 +30,7 @@ def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     top, left = round(uniform(0, height - h)), round(uniform(0, width - w))
     mirror = uniform(0, 1) < 0.5
 
-    clip = T.resized_crop(clip, top, left, h, w, [height, width], antialias=True)
+    clip = T.resized_crop(clip, top, left, h, w, [height, width])
     if flip and mirror:
         clip = T.horizontal_flip(clip)
     # Contrast about mid-grey. torchvision's adjust_contrast takes each frame's own mean, which would flicker.

@@ -195,7 +195,7 @@ def animate(
     else:
         motion.check_fits(config)
         if differs(motion.fingerprint, fingerprint(svd.unet)):
-            warnings.warn(f"the embedding was learned on other weights of {config.name} than these", stacklevel=2)
+            warnings.warn(f"the embedding was learned on other weights of {config.name} than these", stacklevel=3)
         spatial, temporal = motion.sets
         tokens, own = (spatial.to(svd.device), temporal.to(svd.device)), motion.micro
     svd.park("image_encoder")

@@ -261,8 +261,9 @@ def test_an_embedding_of_another_model_is_refused_and_one_of_other_weights_warne
     with pytest.raises(InputError, match="the embedding is for model 'other'"):
         animate(svd, replace(motion, model="other"), image())
     tuned = {name: [number + 0.5 for number in numbers] for name, numbers in motion.fingerprint.items()}
-    with pytest.warns(UserWarning, match="learned on other weights of mini"):
+    with pytest.warns(UserWarning, match="learned on other weights of mini") as warned:
         animate(svd, replace(motion, fingerprint=tuned), image(), steps=1)
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         animate(svd, motion, image(), steps=1)
