@@ -131,8 +131,9 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(f"file:{path}") as container:  # a colon in a bare name would be a protocol
             if not container.streams.video:
                 raise InputError(f"{path}: has no video stream")
+            # Threads as PyAV sets them. With one for each frame (AUTO) PyAV 17.0 deadlocks now and then where a file is
+            # closed before its end: they need the interpreter that waits for them.
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
             yield container, stream
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as a video ({error})") from error
