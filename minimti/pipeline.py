@@ -180,8 +180,8 @@ def animate(
     memory         "low": evaluate the two branches of guidance one after the other, for the same result
     progress       called after each step of the solver
 
-    Raises InputError where the motion was learned on another model, ValueError for an image of another shape or an
-    unknown solver, FloatingPointError where a sample is not finite, RuntimeError where a network has been released.
+    Raises InputError where the motion was learned on another model, ValueError for an image of another shape, an
+    unknown solver or memory mode, or no steps, FloatingPointError where a sample is not finite, RuntimeError where a network has been released.
     Warns where the motion was learned on other weights of the same model.
     """
     config = svd.config
@@ -189,6 +189,11 @@ def animate(
         raise ValueError(f"the image must be [1, 3, H, W], not {list(image.shape)}")
     if solver not in edm.SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: {', '.join(edm.SOLVERS)}")
+    if memory not in ("balanced", "low"):
+        raise ValueError(f"unknown memory mode {memory!r}: balanced or low")
+    steps = config.num_steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"a sample takes at least one step, not {steps}")
     image = image.to(svd.device)
     if motion is None:
         tokens, own = svd.tokens_of(image, config.num_frames), config.micro
@@ -205,7 +210,6 @@ def animate(
     svd.park("vae")
     if unconditional:
         cond = cond.without_image()
-    steps = config.num_steps if steps is None else steps
     guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
     n = torch.randn(cond.concat.shape, generator=generator).to(image)
     xs = svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], in_turn=memory == "low")

@@ -393,6 +393,8 @@ def test_an_interrupted_sample_leaves_a_model_that_learns(clip, motion):
         (torch.zeros(2, 3, 32, 48), {}, r"must be \[1, 3, H, W\], not \[2, 3, 32, 48\]"),
         (torch.zeros(3, 32, 48), {}, r"must be \[1, 3, H, W\], not \[3, 32, 48\]"),
         (torch.zeros(1, 3, 32, 48), {"solver": "ddim"}, "unknown solver 'ddim': euler, heun, dpmpp-2m"),
+        (torch.zeros(1, 3, 32, 48), {"memory": "fast"}, "unknown memory mode 'fast': balanced or low"),
+        (torch.zeros(1, 3, 32, 48), {"steps": 0}, "at least one step, not 0"),
     ],
 )
 def test_what_cannot_be_animated_is_named(svd, motion, picture, options, message):
