@@ -180,9 +180,9 @@ def animate(
     memory         "low": evaluate the two branches of guidance one after the other, for the same result
     progress       called after each step of the solver
 
-    Raises InputError where the motion was learned on another model, ValueError for an image of another shape, an unknown
-    solver or memory mode, or no steps, FloatingPointError where a sample is not finite, RuntimeError where a network has
-    been released.
+    Raises InputError where the motion was learned on another model, ValueError for an image of another shape, an
+    unknown solver or memory mode, or no steps, FloatingPointError where a sample is not finite, RuntimeError where a
+    network has been released.
     Warns where the motion was learned on other weights of the same model.
     """
     config = svd.config
