@@ -50,6 +50,19 @@ MINI = replace(
 )
 
 
+# Smaller than `tiny`, with its cells and heads: for tests that train on the world or draw it.
+TINY = MODELS["tiny"]
+SMALLER = replace(
+    TINY,
+    size=(48, 48),
+    num_frames=8,
+    num_steps=2,
+    unet=replace(TINY.unet, model_channels=16, num_head_channels=16),
+    vae=replace(TINY.vae, ch=8),
+    image_encoder=replace(TINY.image_encoder, image_size=48, patch_size=16, width=32, layers=1),
+)
+
+
 def tensor_of(name: str, shape: tuple[int, ...]) -> Tensor:
     """The golden files' rule: a tensor follows from its official name (golden/README.md)."""
     r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

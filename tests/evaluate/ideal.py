@@ -1,25 +1,14 @@
-"""A small configuration, and an evaluation in which videos move exactly as their embeddings say."""
+"""An evaluation in which videos move exactly as their embeddings say."""
 
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from minimti.config import MODELS
 from minimti.evaluate.evaluation import Evaluation
 from minimti.motion import Motion
 from minimti.world.scene import Scene, Wave, habit, render
 
-TINY = MODELS["tiny"]
-SMALL = replace(
-    TINY,
-    size=(48, 48),
-    num_frames=8,
-    num_steps=2,
-    unet=replace(TINY.unet, model_channels=16, num_head_channels=16),
-    vae=replace(TINY.vae, ch=8),
-    image_encoder=replace(TINY.image_encoder, image_size=48, patch_size=16, width=32, layers=1),
-)
 Movement = tuple[tuple[str, ...], Wave | None]  # a program and a gait
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ideal import SMALL, TINY
+from official import SMALLER as SMALL
+from official import TINY
 
 from minimti import pipeline
 from minimti.checkpoint.find import WEIGHTS

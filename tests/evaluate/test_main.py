@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from ideal import SMALL
+from official import SMALLER as SMALL
 from official import write_official
 
 from minimti import cli

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from official import SMALLER, TINY
 from safetensors.torch import load_file
-from small_runs import FEW, SHORT, SMALLER, TINY
+from small_runs import FEW, SHORT
 
 from minimti import pipeline
 from minimti.checkpoint.find import WEIGHTS

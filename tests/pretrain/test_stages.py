@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import SMALLER, TINY
+from official import SMALLER, TINY
 
 from minimti.muon import is_matrix
 from minimti.networks.vae import VAE

@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from official import SMALLER
 from PIL import Image
-from small_runs import FEW, SHORT, SMALLER
+from small_runs import FEW, SHORT
 
 from minimti.pretrain.card import Record, rows
 from minimti.pretrain.run import DEFAULT, Run, begin, encoded_clips, held_out, learning_rate, pretrain, train
