@@ -116,7 +116,7 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torc
     dtype = args.dtype and getattr(torch, args.dtype)
     svd = pipeline.load(checkpoint, device=device, dtype=dtype, vae_dtype=getattr(torch, args.vae_dtype))
     if args.compile:
-        svd.unet.compile(fullgraph=True, dynamic=False)  # fullgraph: a graph break is an error
+        pipeline.compile_unet(svd.unet)
     return svd
 
 
@@ -164,13 +164,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         _print_line(prog, "error", str(error))
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
-        _print_line(prog, "error", str(error).splitlines()[0])
-        sys.exit(1)
-    except RuntimeError as error:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         _print_line(prog, "error", str(error).splitlines()[0])
         sys.exit(1)
@@ -196,6 +191,12 @@ def on_stop(handler: Callable, *also: signal.Signals) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _interrupt(*_) -> NoReturn:

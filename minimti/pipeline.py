@@ -19,6 +19,7 @@ from minimti.io.files import InputError
 from minimti.io.video import Clip, to_uint8
 from minimti.motion import Motion, initialise
 from minimti.networks.recompute import set_mode
+from minimti.networks.unet import UNet
 from minimti.svd import GUIDANCE, SVD
 
 UNCONDITIONAL_GUIDANCE = (1.0, 10.0)  # for the motion alone, as in figure 6
@@ -45,7 +46,7 @@ def load(
     """A model with frozen weights.
 
     model      a name ("svd", "svd-xt", "svd-xt-1-1", "tiny"), a .safetensors file, a diffusers folder, or "auto":
-               official weights where they are on this machine or a GPU is, else tiny
+               official weights where they are on this machine or cuda is, else tiny
     device     default: cuda or mps where there is one, else cpu
     dtype      precision of UNet and image encoder; default: bfloat16 on cuda, else float32
     vae_dtype  precision of the autoencoder
@@ -64,6 +65,11 @@ def load(
     load_into(svd, checkpoint, device, dtype, vae_dtype)
     svd.device = device
     return svd
+
+
+def compile_unet(unet: UNet) -> None:
+    """torch.compile in place: one graph for each shape; a break in it is an error. Minutes before the first step."""
+    unet.compile(fullgraph=True, dynamic=False)
 
 
 def find(model: str, device: torch.device) -> Checkpoint:

@@ -1,5 +1,6 @@
 """The two ways through the model, as a notebook takes them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_the_ten_lines_of_the_readme_run(tmp_path):
     code = code.replace("animate(svd, motion, image)", "animate(svd, motion, image, steps=1)")
     assert code.count("steps=2") == code.count("steps=1") == 1
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**_environment()}, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=tmp_path, env=_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "rocket.mp4"]
@@ -79,8 +80,6 @@ def test_the_ten_lines_of_the_readme_run(tmp_path):
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 

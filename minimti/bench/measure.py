@@ -16,6 +16,7 @@ from minimti.bench.cases import Case, Library, Model, build, fill, inputs, skele
 from minimti.bench.cost import Cost, estimate_cost
 from minimti.bench.reference import Diffusers
 from minimti.invert import Recipe
+from minimti.pipeline import compile_unet
 from minimti.svd import SVD
 
 CostPair = tuple[Cost, Cost | None]  # ours, diffusers' (None where the case does without)
@@ -96,7 +97,7 @@ def _runs(
         try:
             model = build(library, case, device)
             if case.compiled and isinstance(model, SVD):
-                model.unet.compile(fullgraph=True, dynamic=False)
+                compile_unet(model.unet)
             step = partial(case.step.run, model, *tensors)
             step()
             steps[library] = step

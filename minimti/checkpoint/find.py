@@ -65,7 +65,7 @@ def automatic(device: torch.device, weights: Path = WEIGHTS) -> str:
     """The model of `--model auto`.
 
     The first official one whose files are here, in `weights` or in the hub's local cache; without any, svd (which
-    `locate` then downloads) where there is an accelerator, else `tiny`.
+    `locate` then downloads) on cuda, else `tiny`.
     """
     for model in REPOSITORIES:
         if _local(model, weights) or _cached(model):

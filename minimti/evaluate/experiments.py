@@ -123,9 +123,10 @@ def appearance(evaluation: Evaluation) -> Result:
     errors, plain_errors, colour_kept, shape_kept = {}, {}, {}, {}
     for name, case in evaluation.cases.items():
         clips, plain = evaluation.clips(case, evaluation.learn(case)), evaluation.clips(case, None)
-        errors[name] = [colour_error(clip, scene) for clip, scene in zip(clips, case.targets)]
-        plain_errors[name] = [colour_error(clip, scene) for clip, scene in zip(plain, case.targets)]
-        colour_kept[name] = [keeps_colour(clip, scene, case.reference) for clip, scene in zip(clips, case.targets)]
+        colours = [body_colour(clip, scene) for clip, scene in zip(clips, case.targets)]
+        errors[name] = [colour_error(colour, scene) for colour, scene in zip(colours, case.targets)]
+        plain_errors[name] = [colour_error(body_colour(clip, scene), scene) for clip, scene in zip(plain, case.targets)]
+        colour_kept[name] = [keeps_colour(c, scene, case.reference) for c, scene in zip(colours, case.targets)]
         shape_kept[name] = [keeps_shape(clip, scene, case.reference) for clip, scene in zip(clips, case.targets)]
     return {
         "learned motion": {"colour error": errors, "colour kept": colour_kept, "shape kept": shape_kept},
@@ -133,15 +134,14 @@ def appearance(evaluation: Evaluation) -> Result:
     }
 
 
-def colour_error(clip: np.ndarray, scene: Scene) -> float:
-    """Distance in RGB between the sprite's body in a clip and its true colour."""
-    return float(np.linalg.norm(body_colour(clip, scene) - scene.sprites[0].colour))
+def colour_error(colour: np.ndarray, scene: Scene) -> float:
+    """Distance between a colour, RGB [3] in [0,1], and that of the scene's sprite."""
+    return float(np.linalg.norm(colour - scene.sprites[0].colour))
 
 
-def keeps_colour(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:
-    """Whether the sprite's body in a clip of `scene` is nearer to its own colour than to the reference's."""
-    distance = np.linalg.norm(body_colour(clip, scene) - reference.sprites[0].colour)
-    return bool(colour_error(clip, scene) < distance)
+def keeps_colour(colour: np.ndarray, scene: Scene, reference: Scene) -> bool:
+    """Whether a colour, RGB [3] in [0,1], is nearer to that of the scene's sprite than to the reference's."""
+    return colour_error(colour, scene) < colour_error(colour, reference)
 
 
 def keeps_shape(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:

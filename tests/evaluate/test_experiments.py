@@ -9,7 +9,7 @@ import torch
 from ideal import habit_of, moved
 
 from minimti.evaluate import experiments
-from minimti.evaluate.evaluation import Evaluation, Settings, clip_error
+from minimti.evaluate.evaluation import Evaluation, Settings, body_colour, clip_error
 from minimti.evaluate.experiments import EXPERIMENTS
 from minimti.evaluate.figures import heat_maps
 from minimti.evaluate.results import summary
@@ -114,7 +114,8 @@ def test_appearance_finds_the_reference_in_a_clip(ideal):
     other_shape = replace(target, sprites=(replace(sprite, shape=theirs.shape),))
     assert not experiments.keeps_shape(render(other_shape), target, reference)
     other_colour = replace(target, sprites=(replace(sprite, colour=theirs.colour),))
-    assert not experiments.keeps_colour(render(other_colour), target, reference)
+    colour = body_colour(render(other_colour), target)
+    assert not experiments.keeps_colour(colour, target, reference)
 
 
 def test_token_layouts_are_learned_as_they_are_called(ideal, monkeypatch):

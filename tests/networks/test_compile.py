@@ -8,6 +8,7 @@ from official import SMALL, fill_by_name
 
 from minimti.networks.recompute import set_mode
 from minimti.networks.unet import UNet
+from minimti.pipeline import compile_unet
 
 CONFIG = replace(SMALL.unet, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,))
 
@@ -34,7 +35,7 @@ def test_one_graph(learns, mode):
     set_mode(unet, mode)
     plain = [step(unet, draw, learns) for draw in range(2)]
     torch._dynamo.reset()
-    unet.compile(fullgraph=True, dynamic=False)
+    compile_unet(unet)
     for draw in range(2):
         with torch._dynamo.config.patch(error_on_recompile=draw > 0):
             for ours, reference in zip(step(unet, draw, learns), plain[draw]):
