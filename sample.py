@@ -83,7 +83,8 @@ def main() -> None:
     import torch
 
     from minimti import Motion, animate, write_clip
-    from minimti.io.video import check_size, decode_image, fit
+    from minimti.io.image import decode_image
+    from minimti.io.pixels import check_size, fit
 
     motion = None if args.emb is None else Motion.load(args.emb)
     if not args.images and not (args.unconditional and motion):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minimti.io import video
+from minimti.io import write
 from minimti.world.clips import first_frame
 from minimti.world.scene import random_scene, render
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Draw all of them."""
     for seed, (name, (shape, program)) in enumerate(CLIPS.items()):
         scene = random_scene(np.random.default_rng(seed), SIZE, program=program, shapes=(shape,))
-        video.write_clip(HERE / f"{name}.mp4", torch.from_numpy(render(scene)), fps=7)
+        write.write_clip(HERE / f"{name}.mp4", torch.from_numpy(render(scene)), fps=7)
     for seed, shape in enumerate(IMAGES):
         # Sprites start where the motion of the first clip stays inside the picture.
         _, program = CLIPS["dive"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import minimti
-from minimti.io.video import to_uint8
+from minimti.io.pixels import to_uint8
 
 HERE = Path(__file__).parent
 CLIPS = ("dive", "wheelie", "breathe")

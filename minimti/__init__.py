@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minimti.invert import Recipe, make_recipe
     from minimti.io.files import InputError
-    from minimti.io.video import Clip, read_clip, read_image, write_clip
+    from minimti.io.image import read_image
+    from minimti.io.video import Clip, read_clip
+    from minimti.io.write import write_clip
     from minimti.motion import Motion
     from minimti.pipeline import Progress, animate, learn, load
 
@@ -32,8 +34,8 @@ _HOMES = {
     "load": "pipeline",
     "make_recipe": "invert",
     "read_clip": "io.video",
-    "read_image": "io.video",
-    "write_clip": "io.video",
+    "read_image": "io.image",
+    "write_clip": "io.write",
 }
 __all__ = [
     "Clip",

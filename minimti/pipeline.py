@@ -16,7 +16,8 @@ from minimti.config import NUM_TOKENS, MicroConditioning
 from minimti.hardware import default_device
 from minimti.invert import Recipe, View, invert, make_recipe, view
 from minimti.io.files import InputError
-from minimti.io.video import Clip, to_uint8
+from minimti.io.pixels import to_uint8
+from minimti.io.video import Clip
 from minimti.motion import Motion, initialise
 from minimti.networks.recompute import set_mode
 from minimti.networks.unet import UNet

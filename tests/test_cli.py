@@ -23,7 +23,8 @@ from minimti import cli, pipeline
 from minimti.config import MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
-from minimti.io.video import decode_clip, read_clip, write_clip
+from minimti.io.video import decode_clip, read_clip
+from minimti.io.write import write_clip
 from minimti.motion import Motion, initialise
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimti.io import video
+from minimti.io import write
 from minimti.io.files import atomic_write
 from minimti.world.clips import pixels
 
@@ -18,7 +18,7 @@ MOTIONS = 3  # in a picture of clips
 
 def write_rows(path: Path, clips: Sequence[np.ndarray]) -> None:
     """Writes clips uint8 [F, 3, H, W] as one PNG: a row for each clip, time to the right."""
-    video.write_strip(path, torch.stack([pixels(clip) for clip in clips]))
+    write.write_strip(path, torch.stack([pixels(clip) for clip in clips]))
 
 
 def heat_maps(weights: Tensor, size: tuple[int, int]) -> np.ndarray:

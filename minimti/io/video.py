@@ -1,10 +1,5 @@
-"""Clips and images, read and written.
+"""Frames of a video: `read_clip` gives what the networks take, `decode_clip` chooses and decodes the frames."""
 
-`read_clip` and `read_image` give what the networks take: fp32 in [-1,1], at the model's size. They call `decode_clip`
-and `decode_image` (uint8, at the file's own size), then `fit`.
-"""
-
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +11,12 @@ import av
 import numpy as np
 import torch
 from av.container import InputContainer
-from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
 from minimti.config import SVDConfig
-from minimti.io.files import InputError, atomic_write, require_file
+from minimti.io.files import InputError, require_file
+from minimti.io.pixels import check_size, fit
 
 TimedFrame = tuple[float, av.VideoFrame]  # seconds since the file's first frame, and the frame
 SAME_TIME = 1e-6  # seconds: times are fractions in the file and are compared as floats
@@ -38,9 +31,6 @@ class Clip:
     times: tuple[float, ...]  # at which the F frames are shown, in seconds since the file's first frame
     source: str  # path of the file
     source_size: tuple[int, int]  # width, height of the upright frames in the file, in pixels
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 def read_clip(
@@ -66,22 +56,6 @@ def read_clip(
     frames, times, fps = decode_clip(path, config.num_frames if num_frames is None else num_frames, start, end, stride)
     source_size = (frames.shape[-1], frames.shape[-2])
     return Clip(fit(frames, size), fps, times, str(path), source_size)
-
-
-def read_image(path: str | Path, config: SVDConfig, *, size: tuple[int, int] | None = None) -> Tensor:
-    """fp32 [1, 3, H, W] in [-1,1], fitted to `size` = (width, height), by default the model's.
-
-    Raises InputError as `decode_image` does, and for a size that the networks cannot halve often enough.
-    """
-    return fit(decode_image(path), check_size(size or config.size, config))
-
-
-def check_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
-    """(width, height) as it is. Raises InputError where the networks cannot halve such a picture often enough."""
-    multiple = config.size_multiple
-    if any(not 0 < length <= 8192 or length % multiple for length in size):
-        raise InputError(f"--size {size[0]}x{size[1]}: width and height must be multiples of {multiple}")
-    return size
 
 
 def decode_clip(
@@ -189,83 +163,3 @@ def _spread(
         raise InputError(f"{path}: ends at {until:.3f} s, before --end {end:g}; choose an earlier end")
     for time in times:
         yield time, shown
-
-
-def decode_image(path: str | Path) -> Tensor:
-    """uint8 [1, 3, H, W], upright; transparency is laid over white.
-
-    Raises InputError where the file is missing, is not an image, or has more than 8 bits per channel.
-    """
-    path = require_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large images and odd metadata
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":  # more than 8 bits, in a range that the file does not give
-                    raise InputError(f"{path}: is an image of mode {image.mode}; convert it to 8 bits per channel")
-                upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
-    white = Image.new("RGBA", upright.size, "white")
-    pixels = np.array(Image.alpha_composite(white, upright).convert("RGB"))  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W]
-
-
-# ---------------------------------------------------------------------------------------------- value domains
-
-
-def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [F, 3, H, W] -> fp32 [F, 3, height, width] in [-1,1], for size = (width, height) in pixels.
-
-    Crops to the largest central part of this aspect ratio, then resizes (bicubic, antialiased). References and
-    images to animate go through the same function.
-    """
-    width, height = size
-    have_h, have_w = frames.shape[-2:]
-    scale = min(have_w / width, have_h / height)
-    crop = T.center_crop(frames, [max(1, round(height * scale)), max(1, round(width * scale))])
-    pixels = T.resize(crop.float(), [height, width], interpolation=T.InterpolationMode.BICUBIC, antialias=True)
-    return pixels.clamp(0, 255) / 127.5 - 1
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """[-1,1] (clamped), of any shape, dtype and device -> uint8 0..255 of the same shape on the CPU."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-
-
-# ---------------------------------------------------------------------------------------------- writing
-
-
-def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
-    """uint8 [F, 3, H, W] -> an mp4 that browsers play: H.264, yuv420p, BT.709, near-lossless, index first.
-
-    H and W must be even. The same video gives the same bytes. Raises ValueError for any other tensor, InputError where
-    the file cannot be written.
-    """
-    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or video.shape[2] % 2 or video.shape[3] % 2:
-        raise ValueError(f"a video is uint8 [F, 3, H, W] with even H and W, not {video.dtype} {list(video.shape)}")
-    frames = video.cpu().permute(0, 2, 3, 1).numpy()  # [F, H, W, 3]
-    with atomic_write(path) as part, av.open(f"file:{part}", "w", options={"movflags": "+faststart"}) as container:
-        # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
-        options = {"crf": "12", "mbtree": "0"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.color_primaries = stream.color_trc = stream.colorspace = 1  # BT.709
-        stream.color_range = ColorRange.MPEG
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-        container.mux(stream.encode())
-
-
-def strip(clips: Tensor) -> Tensor:
-    """Clips [R, F, 3, H, W] in [-1,1] (clamped) -> one picture, uint8 [R H, F W, 3]: a row each, time to the right."""
-    rows, frames, channels, height, width = clips.shape
-    return to_uint8(clips).permute(0, 3, 1, 4, 2).reshape(rows * height, frames * width, channels)  # [R H, F W, 3]
-
-
-def write_strip(path: str | Path, clips: Tensor) -> None:
-    """The picture of `strip` as a PNG. Raises InputError where the file cannot be written."""
-    with atomic_write(path) as part:
-        Image.fromarray(strip(clips).numpy()).save(part)

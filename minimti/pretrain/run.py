@@ -25,7 +25,7 @@ from minimti import cli, hardware, pipeline
 from minimti.checkpoint.key_maps import official_source
 from minimti.checkpoint.load import open_checkpoint, sources
 from minimti.config import SVDConfig, to_json
-from minimti.io import video
+from minimti.io import write
 from minimti.io.files import InputError, atomic_write, check_writable, make_folder, require_file
 from minimti.muon import Muon, is_matrix
 from minimti.pretrain.card import Record, Row, card, rows
@@ -353,7 +353,7 @@ def finish_autoencoder(run: Run) -> None:
         out = torch.cat([svd.decode(svd.encode(clip[None])) for clip in clips]).float().clamp(-1, 1)
     run.records[run.stage].psnr = -10 * ((out - clips) / 2).square().mean().log10().item()
     pairs = torch.stack([clips[: settings.shown], out[: settings.shown]], dim=1)
-    video.write_strip(run.folder / f"{name}.png", pairs.flatten(0, 1))  # [2 shown, F, 3, H, W]
+    write.write_strip(run.folder / f"{name}.png", pairs.flatten(0, 1))  # [2 shown, F, 3, H, W]
 
 
 @torch.no_grad()
@@ -373,7 +373,7 @@ def show_samples(run: Run) -> None:
         *_, x = svd.sample(cond, n, config.num_steps, run.settings.shown_guidance)
         out = svd.decode(x)
     pairs = torch.stack([clips, out], dim=1)
-    video.write_strip(run.folder / f"{name}.png", pairs.flatten(0, 1))  # [2 shown, F, 3, H, W]
+    write.write_strip(run.folder / f"{name}.png", pairs.flatten(0, 1))  # [2 shown, F, 3, H, W]
 
 
 FINISH = {

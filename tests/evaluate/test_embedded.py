@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minimti.checkpoint.find import WEIGHTS
 from minimti.evaluate.evaluation import Evaluation, Settings, clip_error
-from minimti.io import video
+from minimti.io.pixels import to_uint8
 from minimti.world import captions
 from minimti.world.clips import first_frame, pixels
 from minimti.world.scene import random_scene, render
@@ -33,7 +33,7 @@ def test_the_embedded_autoencoder_keeps_motion_and_heading(tiny):
         scene = random_scene(np.random.default_rng(seed))
         clip = pixels(render(scene))[None]
         out = tiny.decode(tiny.encode(clip)).clamp(-1, 1)
-        again = video.to_uint8(out[0]).numpy()
+        again = to_uint8(out[0]).numpy()
         assert clip_error(again, scene) < 0.1
         assert facing(again, scene) > 0.9
         assert -10 * ((out - clip) / 2).square().mean().log10() > 26  # dB

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minimti.config import MODELS
-from minimti.io import video
+from minimti.io import image, pixels, video, write
 from minimti.io.files import InputError
 
 TINY = MODELS["tiny"]
@@ -23,7 +23,7 @@ def gradients(num_frames: int, height: int = 64, width: int = 96) -> torch.Tenso
     """uint8 [F, 3, H, W]: red grows to the right, green downwards, blue with time."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     frames = [torch.stack([x, y, torch.full_like(x, blue)]) for blue in blues(num_frames)]
-    return video.to_uint8(torch.stack(frames))
+    return pixels.to_uint8(torch.stack(frames))
 
 
 def blues(num_frames: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def shown(frames: torch.Tensor, num_frames: int) -> list[int]:
 
 def test_a_clip_survives_its_file(tmp_path):
     clip = gradients(14)
-    video.write_clip(tmp_path / "a.mp4", clip, 7)
+    write.write_clip(tmp_path / "a.mp4", clip, 7)
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
@@ -58,10 +58,10 @@ def test_a_clip_survives_its_file(tmp_path):
 
 def test_a_clip_is_read_at_the_size_and_length_of_the_model(tmp_path):
     path = tmp_path / "a.mp4"
-    video.write_clip(path, gradients(20), 10)
+    write.write_clip(path, gradients(20), 10)
     clip = video.read_clip(path, TINY)
     assert clip.frames.shape == (14, 3, 64, 64) and clip.frames.dtype == torch.float32
-    assert torch.equal(clip.frames, video.fit(video.decode_clip(path, 14, 0, None, 1)[0], (64, 64)))
+    assert torch.equal(clip.frames, pixels.fit(video.decode_clip(path, 14, 0, None, 1)[0], (64, 64)))
     assert (clip.source, clip.source_size) == (str(path), (96, 64)) and clip.fps == pytest.approx(10)
     clip = video.read_clip(path, TINY, num_frames=3, start=0.45, stride=4, size=(128, 64))
     assert clip.frames.shape == (3, 3, 64, 128) and shown(clip.frames, 20) == [5, 9, 13]
@@ -71,7 +71,7 @@ def test_a_clip_is_read_at_the_size_and_length_of_the_model(tmp_path):
 
 
 def test_the_rate_of_a_single_frame_is_the_average_of_its_file(tmp_path):
-    video.write_clip(tmp_path / "a.mp4", gradients(4), 12)
+    write.write_clip(tmp_path / "a.mp4", gradients(4), 12)
     clip = video.read_clip(tmp_path / "a.mp4", TINY, num_frames=1, start=0.1)
     assert clip.fps == 12 and clip.times == pytest.approx([2 / 12])
 
@@ -79,7 +79,7 @@ def test_the_rate_of_a_single_frame_is_the_average_of_its_file(tmp_path):
 def test_an_end_spreads_the_frames_evenly_over_the_time(tmp_path):
     """14 frames at 7 per second: frame k is shown from k/7 to (k + 1)/7, the last one until 2 s."""
     path = tmp_path / "a.mp4"
-    video.write_clip(path, gradients(14), 7)
+    write.write_clip(path, gradients(14), 7)
     for num_frames, start, end, expected in (
         (14, 0, 13 / 7, list(range(14))),
         (14, 0, 2, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]),
@@ -97,7 +97,7 @@ def test_an_end_spreads_the_frames_evenly_over_the_time(tmp_path):
 
 def test_an_end_that_cannot_be_is_refused(tmp_path):
     path = tmp_path / "a.mp4"
-    video.write_clip(path, gradients(14), 7)
+    write.write_clip(path, gradients(14), 7)
     for start, end, stride, message in (
         (0, 2.1, 1, "ends at 2.000 s, before --end 2.1"),
         (5, 6, 1, "ends at 2.000 s, before --end 6"),
@@ -135,7 +135,7 @@ def test_times_are_counted_from_the_first_frame_of_the_file(tmp_path):
 )
 def test_only_uint8_frames_are_written(tmp_path, tensor):
     with pytest.raises(ValueError, match=re.escape(f"not {tensor.dtype} {list(tensor.shape)}")):
-        video.write_clip(tmp_path / "a.mp4", tensor, 7)
+        write.write_clip(tmp_path / "a.mp4", tensor, 7)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,7 +143,7 @@ def test_the_same_clip_gives_the_same_bytes(tmp_path):
     """Reading in between fills the heap with other values: an encoder that looks at memory it never wrote shows."""
     contents = set()
     for _ in range(20):
-        video.write_clip(tmp_path / "a.mp4", gradients(14), 7)
+        write.write_clip(tmp_path / "a.mp4", gradients(14), 7)
         contents.add((tmp_path / "a.mp4").read_bytes())
         video.decode_clip(tmp_path / "a.mp4", 14, 0, None, 1)
     assert len(contents) == 1
@@ -151,7 +151,7 @@ def test_the_same_clip_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("fps, rate", [(7, 7), (24, 24), (25.0, 25), (29.97002997, Fraction(30000, 1001))])
 def test_the_rate_is_exact(tmp_path, fps, rate):
-    video.write_clip(tmp_path / "a.mp4", gradients(4), fps)
+    write.write_clip(tmp_path / "a.mp4", gradients(4), fps)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].average_rate == rate
 
@@ -159,7 +159,7 @@ def test_the_rate_is_exact(tmp_path, fps, rate):
 @given(num_frames=st.integers(1, 4), start=st.integers(0, 12), stride=st.integers(1, 4))
 def test_frames_are_chosen_by_time_and_stride(tmp_path_factory, num_frames, start, stride):
     path = tmp_path_factory.mktemp("clip") / "a.mp4"
-    video.write_clip(path, gradients(12), 7)
+    write.write_clip(path, gradients(12), 7)
     wanted = [start + i * stride for i in range(num_frames)]
     if wanted[-1] < 12:
         frames, times, fps = video.decode_clip(path, num_frames, start / 7, None, stride)
@@ -174,7 +174,7 @@ def test_frames_are_chosen_by_time_and_stride(tmp_path_factory, num_frames, star
 def test_clips_filmed_sideways_stand_upright(tmp_path, quarter_turns):
     """A phone stores the frames of its sensor and a matrix with its orientation."""
     clip = gradients(2)
-    video.write_clip(tmp_path / "a.mp4", clip, 7)
+    write.write_clip(tmp_path / "a.mp4", clip, 7)
     content = bytearray((tmp_path / "a.mp4").read_bytes())
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns]  # clockwise on the screen, whose y points down
     matrix = struct.pack(">9i", *(round(v * 2**16) for v in (cos, sin, 0, -sin, cos, 0, 0, 0)), 2**30)
@@ -196,7 +196,7 @@ def test_unreadable_videos_are_named(tmp_path):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    video.write_clip(tmp_path / "cut.mp4", gradients(14), 7)
+    write.write_clip(tmp_path / "cut.mp4", gradients(14), 7)
     whole = (tmp_path / "cut.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     for name, message in (
@@ -212,30 +212,30 @@ def test_unreadable_videos_are_named(tmp_path):
 
 
 def test_images(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    read = video.decode_image(tmp_path / "a.png")
-    assert read.dtype == torch.uint8 and torch.equal(read[0].permute(1, 2, 0), torch.from_numpy(pixels))
+    array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    read = image.decode_image(tmp_path / "a.png")
+    assert read.dtype == torch.uint8 and torch.equal(read[0].permute(1, 2, 0), torch.from_numpy(array))
 
-    Image.fromarray(np.dstack([pixels, np.zeros((20, 30), np.uint8)])).save(tmp_path / "clear.png")
-    assert (video.decode_image(tmp_path / "clear.png") == 255).all()
+    Image.fromarray(np.dstack([array, np.zeros((20, 30), np.uint8)])).save(tmp_path / "clear.png")
+    assert (image.decode_image(tmp_path / "clear.png") == 255).all()
 
     exif = Image.Exif()
     exif[0x0112] = 6  # turned clockwise to be upright
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(video.decode_image(tmp_path / "turned.png"), torch.rot90(read, -1, dims=(2, 3)))
+    Image.fromarray(array).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(image.decode_image(tmp_path / "turned.png"), torch.rot90(read, -1, dims=(2, 3)))
 
-    image = video.read_image(tmp_path / "a.png", TINY)
-    assert image.dtype == torch.float32 and torch.equal(image, video.fit(read, (64, 64)))
-    assert video.read_image(tmp_path / "a.png", TINY, size=(128, 64)).shape == (1, 3, 64, 128)
+    fitted = image.read_image(tmp_path / "a.png", TINY)
+    assert fitted.dtype == torch.float32 and torch.equal(fitted, pixels.fit(read, (64, 64)))
+    assert image.read_image(tmp_path / "a.png", TINY, size=(128, 64)).shape == (1, 3, 64, 128)
 
-    Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "deep.tif")
+    Image.fromarray(array[..., 0].astype(np.int32)).save(tmp_path / "deep.tif")
     with pytest.raises(InputError, match="is an image of mode I; convert it to 8 bits per channel"):
-        video.read_image(tmp_path / "deep.tif", TINY)
+        image.read_image(tmp_path / "deep.tif", TINY)
     for name, content in (("text.png", b"no image"), ("cut.png", (tmp_path / "a.png").read_bytes()[:200])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as an image"):
-            video.read_image(tmp_path / name, TINY)
+            image.read_image(tmp_path / name, TINY)
 
 
 @given(
@@ -245,27 +245,27 @@ def test_images(tmp_path):
 def test_fit_gives_the_requested_size(have, want):
     size = (64 * want[0], 64 * want[1])
     frames = torch.randint(0, 256, (2, 3, *have), dtype=torch.uint8)
-    fitted = video.fit(frames, size)
+    fitted = pixels.fit(frames, size)
     assert fitted.shape == (2, 3, size[1], size[0]) and fitted.abs().max() <= 1
 
 
 def test_fit_keeps_the_centre():
     frames = torch.zeros(1, 3, 64, 256, dtype=torch.uint8)
     frames[..., 64:192] = 255  # the central part of the shape 2:1
-    assert (video.fit(frames, (128, 64)) == 1).all()
+    assert (pixels.fit(frames, (128, 64)) == 1).all()
     same = torch.randint(0, 256, (1, 3, 64, 128), dtype=torch.uint8)
-    assert torch.allclose(video.fit(same, (128, 64)), same / 127.5 - 1)
+    assert torch.allclose(pixels.fit(same, (128, 64)), same / 127.5 - 1)
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    video.write_clip("12:30.mp4", gradients(2), 7)
+    write.write_clip("12:30.mp4", gradients(2), 7)
     assert video.read_clip("12:30.mp4", TINY, num_frames=2).frames.shape == (2, 3, 64, 64)
 
 
 def test_a_strip_has_a_row_for_each_clip():
     clips = torch.stack([torch.full((3, 3, 4, 5), value) for value in (-2.0, 1.0)])
     clips[1, 2] = 0
-    picture = video.strip(clips)
+    picture = pixels.strip(clips)
     assert picture.shape == (8, 15, 3) and picture.dtype == torch.uint8
     assert (picture[:4] == 0).all() and (picture[4:, :10] == 255).all() and (picture[4:, 10:] == 128).all()

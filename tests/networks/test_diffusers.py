@@ -18,7 +18,7 @@ from minimti.checkpoint.find import FOLDER_FILES
 from minimti.checkpoint.key_maps import folder_source
 from minimti.checkpoint.load import check, fill, sources
 from minimti.config import ImageEncoderConfig, SVDConfig, UNetConfig, VAEConfig, to_json
-from minimti.io.video import read_image
+from minimti.io.image import read_image
 from minimti.networks import image_encoder
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
