@@ -34,9 +34,7 @@ def parse() -> argparse.Namespace:
     )
     cli.add_seed(group)
 
-    model = cli.add_model_arguments(parser, default_model="the embedding's, else auto").add_argument
-    memory = "low: evaluate the two branches of guidance in turn, not as one batch (default: %(default)s)"
-    model("--memory", choices=("balanced", "low"), default="balanced", help=memory)
+    cli.add_model_arguments(parser, default_model="the embedding's, else auto")
 
     output = parser.add_argument_group("output").add_argument
     output("--out", default=".", metavar="PATH", help="an .mp4 file for one video, or a folder (default: this one)")

@@ -4,7 +4,7 @@ import argparse
 import time
 
 from minimti import cli
-from minimti.config import MEMORY_MODES, NUM_TOKENS, RECIPES
+from minimti.config import NUM_TOKENS, RECIPES
 from minimti.io.files import check_writable, require_file
 
 
@@ -41,9 +41,7 @@ def parse() -> argparse.Namespace:
     learning("--sets", choices=("frames", "shared"), default="frames", help=sets)
     cli.add_seed(group)
 
-    model = cli.add_model_arguments(parser, default_model="auto").add_argument
-    memory = "how much a step keeps of the forward pass; the rest is computed again (default: balanced; tiny keeps all)"
-    model("--memory", choices=MEMORY_MODES, help=memory)
+    cli.add_model_arguments(parser, default_model="auto")
 
     output = parser.add_argument_group("output").add_argument
     out = "the embedding; a name that ends in .safetensors gives that format (default: %(default)s)"

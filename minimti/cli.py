@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minimti import __version__
-from minimti.config import DTYPES, MODELS
+from minimti.config import DTYPES, MEMORY_MODES, MODELS
 from minimti.io.files import InputError
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def add_seed(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="for all random draws (default: 0)")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> "argparse._ArgumentGroup":
-    """The group "model and machine". Returns it, for the program's own arguments of the kind."""
+def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> None:
+    """The group "model and machine"."""
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
     auto = "auto (svd where it is here or on cuda, else tiny)"
@@ -79,7 +79,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> 
     add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
     add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of UNet and image encoder (default: bfloat16 on cuda, else float32)")
-    return group
+    memory = "how much to take; more is faster, the result is the same (default: auto, the fastest way that fits)"
+    add("--memory", choices=("auto", *MEMORY_MODES), default="auto", help=memory)
 
 
 def add_advanced_arguments(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
@@ -87,7 +88,7 @@ def add_advanced_arguments(parser: argparse.ArgumentParser) -> "argparse._Argume
     group = parser.add_argument_group("advanced")
     add = group.add_argument
     add("--vae-dtype", choices=DTYPES, default="float32", help="precision of the autoencoder (default: %(default)s)")
-    add("--compile", action="store_true", help="torch.compile the UNet: minutes before the first step of every shape")
+    add("--compile", action="store_true", help="torch.compile the UNet's transformers: most of a minute at first")
     return group
 
 

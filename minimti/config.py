@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-MEMORY_MODES = ("fast", "balanced", "low")  # how much of the forward pass a training step recomputes, least first
+MEMORY_MODES = ("max", "fast", "balanced", "low")  # fastest first, least memory last (minimti/budget.py)
 SOLVERS = ("euler", "heun", "dpmpp-2m")
 NUM_TOKENS = 5  # N of the paper, tokens per set
 RECIPES = ("paper", "muon")  # how an inversion optimises
@@ -80,7 +80,6 @@ class SVDConfig:
     p_std: float
     num_iterations: int  # optimisation steps of the paper's recipe, B.2
     recipe: str  # the default of an inversion, one of RECIPES
-    memory: str | None  # the default of an inversion, one of MEMORY_MODES; None recomputes nothing
     note: str  # printed when the model is loaded; "" for none
     micro: MicroConditioning
     unet: UNetConfig
@@ -111,9 +110,9 @@ def from_json(text: str) -> SVDConfig:
 
 
 def _from_0_1_0(entries: dict[str, Any]) -> dict[str, Any]:
-    """Version 0.1.0 called the image encoder "clip" and had no defaults of recipe, memory and note in its files."""
+    """Version 0.1.0 called the image encoder "clip" and had no defaults of recipe and note in its files."""
     named = MODELS.get(entries.get("name", ""), MODELS["svd"])
-    added = {"recipe": named.recipe, "memory": named.memory, "note": named.note}
+    added = {"recipe": named.recipe, "note": named.note}
     return added | {"image_encoder" if name == "clip" else name: value for name, value in entries.items()}
 
 
@@ -130,14 +129,14 @@ def _build(kind: Any, value: Any) -> Any:
 
 
 Config = TypeVar("Config")
-_CHOICES = {"recipe": RECIPES, "memory": (None, *MEMORY_MODES)}
+_CHOICES = {"recipe": RECIPES}
 
 
 def checked(config: Config) -> Config:
     """The same dataclass.
 
     Raises TypeError where a value, also inside tuples and nested dataclasses, is not of its field's type, where a
-    number is negative (p_mean may be) or not finite, and where recipe or memory is not a known name.
+    number is negative (p_mean may be) or not finite, and where recipe is not a known name.
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -175,7 +174,6 @@ _SVD = SVDConfig(
     p_std=1.6,
     num_iterations=1000,
     recipe="paper",
-    memory="balanced",
     note="",
     micro=MicroConditioning(fps_id=6, motion_bucket_id=127, cond_aug=0.02),
     unet=UNetConfig(
@@ -207,7 +205,6 @@ _TINY = replace(
     p_std=1.5,
     num_iterations=300,
     recipe="muon",
-    memory=None,
     note="tiny has been trained on drawn sprites like those of examples/ only;"
     " for photographs and films use --model svd",
     unet=UNetConfig(

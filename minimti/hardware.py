@@ -1,5 +1,6 @@
 """What this machine can do: the device to compute on, and the speed of bf16 on its CPU."""
 
+import os
 import platform
 import time
 from pathlib import Path
@@ -10,6 +11,22 @@ import torch
 def default_device() -> torch.device:
     """The first of cuda, mps and cpu that is available."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process can use on a device in all, with those that it holds already; None where unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # resident pages
+    except (OSError, StopIteration, AttributeError):  # not Linux
+        return None
+    return free + held
 
 
 def bf16_speedup() -> float:

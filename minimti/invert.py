@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile, zip_longest
 from typing import Protocol
 
@@ -14,12 +15,14 @@ from minimti.augment import augment
 from minimti.config import SVDConfig
 from minimti.motion import Motion
 from minimti.muon import SharedMuon
+from minimti.networks.graph import Graphed
 from minimti.svd import SVD, Conditioning
 
 View = tuple[Tensor, Conditioning]  # scaled latents [1, F, z, h, w] of the augmented clip, and what conditions them
 
 PAPER_STEPS_RATIO = 2  # steps of the paper's recipe over steps of the muon recipe
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread for any number of them
+MIN_SCALE = 1.0  # of the loss, below which a gradient that overflows in fp16 is given up
 FETCH_EVERY = 10  # steps between two fetches of losses from the device: each fetch makes a GPU wait
 
 
@@ -65,13 +68,19 @@ def invert(
     """
     svd.requires_grad_(False)
     optimizer = OPTIMIZERS[recipe.optimizer](motion.tokens, recipe)
+    compute = _recorded(svd, motion) if motion.tokens.is_cuda else partial(loss_and_gradient, svd, motion)
     finite = torch.ones((), dtype=torch.bool, device=motion.tokens.device)  # no step so far went wrong
     fetch_every = fetch_every or (1 if motion.tokens.device.type == "cpu" else FETCH_EVERY)
+    scale = None
     pending: list[tuple[Tensor, Tensor]] = []  # sigma, and the loss on the device
     for step in range(recipe.steps):
         x0, cond = views(step)
         sigma, n = draw(recipe, svd.config.sigma_max, motion.seed, step, x0.shape)
-        loss, grad = loss_and_gradient(svd, motion, (x0, cond), sigma.to(x0), n.to(x0))
+        scale = x0.new_full((), x0.numel()) if scale is None else scale
+        loss, grad = compute((x0, cond), sigma.to(x0), n.to(x0), scale)
+        while svd.dtype == torch.float16 and scale > MIN_SCALE and not grad.isfinite().all():
+            scale = scale / 2  # fp16 overflows above 65504
+            loss, grad = compute((x0, cond), sigma.to(x0), n.to(x0), scale)
         finite = finite & loss.isfinite() & grad.isfinite().all()
         _step_if(finite, optimizer, grad)
         motion.steps = step + 1
@@ -115,16 +124,33 @@ def draw(recipe: Recipe, sigma_max: float, seed: int, step: int, shape: torch.Si
     return sigma, torch.randn(shape, generator=generator)
 
 
-def loss_and_gradient(svd: SVD, motion: Motion, view: View, sigma: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of one step (equation 1), and its gradient with respect to the tokens, shaped as `motion.tokens`."""
+def loss_and_gradient(
+    svd: SVD, motion: Motion, view: View, sigma: Tensor, n: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of one step (equation 1), and its gradient with respect to the tokens, shaped as `motion.tokens`.
+
+    Inside the network, gradients are those of scale * loss. By default the scale is the number of elements of x0: the
+    loss is a mean over them, and its gradients would be too small for half precision.
+    """
     x0, cond = view
+    scale = x0.new_full((), x0.numel()) if scale is None else scale
     tokens = motion.tokens.detach().requires_grad_()
     spatial, temporal = replace(motion, tokens=tokens).sets
     network = svd.network(replace(cond, spatial=spatial, temporal=temporal))
     loss = edm.loss(network, x0, sigma, n)
-    # The mean over so many elements would make gradients inside the network too small for half precision.
-    (grad,) = torch.autograd.grad(loss * x0.numel(), tokens)
-    return loss.detach(), grad / x0.numel()
+    (grad,) = torch.autograd.grad(loss * scale, tokens)
+    return loss.detach(), grad / scale
+
+
+def _recorded(svd: SVD, motion: Motion) -> Callable[[View, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """`loss_and_gradient` as a CUDA graph (networks/graph.py)."""
+
+    def step(tokens: Tensor, x0: Tensor, concat: Tensor, micro: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        current = replace(motion, tokens=tokens)
+        return loss_and_gradient(svd, current, (x0, Conditioning(concat, micro, *current.sets)), *rest)
+
+    graph = Graphed(step)
+    return lambda view, *rest: graph(motion.tokens, view[0], view[1].concat, view[1].micro, *rest)
 
 
 class TokenOptimizer(Protocol):

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from minimti import edm
+from minimti.budget import Budget, plan
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
 from minimti.config import NUM_TOKENS, MicroConditioning
-from minimti.hardware import default_device
+from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, View, invert, make_recipe, view
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip
 from minimti.motion import Motion, initialise
-from minimti.networks.recompute import set_mode
+from minimti.networks.attention import SpatioTemporalTransformer
+from minimti.networks.recompute import compile_parts
 from minimti.networks.unet import UNet
 from minimti.svd import GUIDANCE, SVD
 
@@ -69,8 +71,8 @@ def load(
 
 
 def compile_unet(unet: UNet) -> None:
-    """torch.compile in place: one graph for each shape; a break in it is an error. Minutes before the first step."""
-    unet.compile(fullgraph=True, dynamic=False)
+    """torch.compile for the UNet's transformers, in place. Most of a minute before the first step of every shape."""
+    compile_parts(unet, SpatioTemporalTransformer)
 
 
 def find(model: str, device: torch.device) -> Checkpoint:
@@ -88,6 +90,17 @@ def check_device(device: str | torch.device) -> torch.device:
     return probe.device
 
 
+def make_budget(svd: SVD, num_frames: int, size: tuple[int, int], memory: str = "auto", *, training: bool) -> Budget:
+    """How `learn` (training) or `animate` will use the memory of the model's device. Raises as `budget.plan` does.
+
+    size    (width, height) in pixels
+    memory  "auto", or one of config.MEMORY_MODES
+    """
+    device = svd.device or next(svd.parameters()).device
+    available, on_cpu = available_memory(device), device.type == "cpu"
+    return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=available, on_cpu=on_cpu)
+
+
 def learn(
     svd: SVD,
     clip: Clip,
@@ -98,7 +111,7 @@ def learn(
     shared: bool = False,
     flip: bool = True,
     seed: int = 0,
-    memory: str | None = None,
+    memory: str | Budget = "auto",
     progress: Callable[[Progress], None] = lambda _: None,
     release: bool = False,
 ) -> Motion:
@@ -110,8 +123,8 @@ def learn(
     shared      learn one set for all frames and the layers over time (F' = 1) instead of F + 1 sets
     flip        allow mirrored views; not for motions with a left and a right, such as a camera pan
     seed        for all random draws
-    memory      "fast", "balanced" or "low": how much a step keeps of the forward pass (networks/recompute.py), which
-                changes nothing else; default: the model's own
+    memory      how much memory to take, which changes the time alone: "auto", the fastest way that fits what is free,
+                "max", "fast", "balanced" or "low", or a Budget that `make_budget` returned
     progress    called as the work goes on. An exception that it raises ends the work; Progress.motion has the tokens.
     release     free networks for good after their last use here, instead of parking them on the CPU
 
@@ -120,8 +133,10 @@ def learn(
     """
     recipe = make_recipe(svd.config, recipe) if recipe is None or isinstance(recipe, str) else recipe
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps)
-    done_with = svd.release if release else svd.park
     frames = clip.frames.to(svd.device)
+    size = frames.shape[-1], frames.shape[-2]
+    svd.use(make_budget(svd, len(frames), size, memory, training=True) if isinstance(memory, str) else memory)
+    done_with = svd.release if release else svd.park
     with torch.no_grad():
         embeddings = svd.embed(frames)
     done_with("image_encoder")
@@ -133,7 +148,7 @@ def learn(
         num_frames=len(frames),
         model=svd.config.name,
         micro=svd.config.micro,
-        size=(frames.shape[-1], frames.shape[-2]),
+        size=size,
         steps=0,
         seed=seed,
         fingerprint=fingerprint(svd.unet),
@@ -144,7 +159,6 @@ def learn(
         views = _cached(views, count, progress)
         done_with("vae")
 
-    set_mode(svd.unet, memory or svd.config.memory)
     progress(Progress("learn", 0, recipe.steps, motion=motion))
     for step, loss in enumerate(invert(svd, views, motion, recipe), start=1):
         progress(Progress("learn", step, recipe.steps, loss, motion))
@@ -172,7 +186,7 @@ def animate(
     seed: int = 0,
     micro: MicroConditioning | None = None,
     unconditional: bool = False,
-    memory: str = "balanced",
+    memory: str | Budget = "auto",
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Tensor:
     """An image [1, 3, H, W] in [-1,1], moving as an embedding describes: a video, uint8 [F, 3, H, W] on the CPU.
@@ -184,7 +198,7 @@ def animate(
     seed           for all random draws
     micro          default: the motion's, without one the model's
     unconditional  the motion alone (figure 6): only the size of the image matters, unless there is no motion
-    memory         "low": evaluate the two branches of guidance one after the other, for the same result
+    memory         how much memory to take, as for `learn`
     progress       called after each step of the solver
 
     Raises InputError where the motion was learned on another model, ValueError for an image of another shape, an
@@ -197,12 +211,12 @@ def animate(
         raise ValueError(f"the image must be [1, 3, H, W], not {list(image.shape)}")
     if solver not in edm.SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: {', '.join(edm.SOLVERS)}")
-    if memory not in ("balanced", "low"):
-        raise ValueError(f"unknown memory mode {memory!r}: balanced or low")
     steps = config.num_steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"a sample takes at least one step, not {steps}")
     image = image.to(svd.device)
+    num_frames, size = config.num_frames if motion is None else motion.num_frames, (image.shape[-1], image.shape[-2])
+    budget = make_budget(svd, num_frames, size, memory, training=False) if isinstance(memory, str) else memory
     if motion is None:
         tokens, own = svd.tokens_of(image, config.num_frames), config.micro
     else:
@@ -211,19 +225,20 @@ def animate(
             warnings.warn(f"the embedding was learned on other weights of {config.name} than these", stacklevel=3)
         spatial, temporal = motion.sets
         tokens, own = (spatial.to(svd.device), temporal.to(svd.device)), motion.micro
-    svd.park("image_encoder")
+    with svd.using(budget):
+        svd.park("image_encoder")
 
-    generator = torch.Generator().manual_seed(seed)
-    cond = svd.prepare(image, tokens, micro or own, generator)
-    svd.park("vae")
-    if unconditional:
-        cond = cond.without_image()
-    guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
-    n = torch.randn(cond.concat.shape, generator=generator).to(image)
-    xs = svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], in_turn=memory == "low")
-    latents = n
-    for step, x in enumerate(xs, start=1):
-        latents = x
-        progress(Progress("sample", step, steps))
-    svd.park("unet")
-    return to_uint8(svd.decode(latents)[0])
+        generator = torch.Generator().manual_seed(seed)
+        cond = svd.prepare(image, tokens, micro or own, generator)
+        svd.park("vae")
+        if unconditional:
+            cond = cond.without_image()
+        guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
+        n = torch.randn(cond.concat.shape, generator=generator).to(image)
+        xs = svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver])
+        latents = n
+        for step, x in enumerate(xs, start=1):
+            latents = x
+            progress(Progress("sample", step, steps))
+        svd.park("unet")
+        return to_uint8(svd.decode(latents)[0])

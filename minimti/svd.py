@@ -1,6 +1,7 @@
 """The three networks together, and the one conditioning that training and sampling share."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from minimti import edm
+from minimti.budget import Budget
 from minimti.config import MicroConditioning, SVDConfig
 from minimti.networks import image_encoder, lowmem_decode
+from minimti.networks.recompute import set_mode
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
 
@@ -56,12 +59,29 @@ class SVD(nn.Module):
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
         self.image_encoder = image_encoder.build(config.image_encoder)
+        self.budget = Budget()
         self.device: torch.device | None = None  # where the networks compute; None: where their weights are, unparked
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the UNet."""
         return next(self.unet.parameters()).dtype
+
+    def use(self, budget: Budget) -> None:
+        """Sets how much memory the methods here may take. Results are the same but for rounding."""
+        self.budget = budget
+        if not isinstance(self.unet, _Released):
+            set_mode(self.unet, None if budget.memory == "max" else budget.memory, budget.slice_bytes)
+
+    @contextmanager
+    def using(self, budget: Budget) -> Iterator[None]:
+        """Another budget within the block."""
+        before = self.budget
+        self.use(budget)
+        try:
+            yield
+        finally:
+            self.use(before)
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1,1] -> CLIP embeddings [B, d] in fp32."""
@@ -73,8 +93,8 @@ class SVD(nn.Module):
     def encode(self, clip: Tensor) -> Tensor:
         """Clip [B, F, 3, H, W] in [-1,1] -> scaled latents [B, F, z, h, w]."""
         self._fetch("vae")
-        raw = self.vae.encode(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])  # [(B F), ...] -> [B, F, z, h, w]
-        return raw * self.config.vae.scale_factor
+        raw = self.vae.encode(clip.flatten(0, 1), self.budget.images_per_call)  # [(B F), z, h, w]
+        return raw.unflatten(0, clip.shape[:2]) * self.config.vae.scale_factor  # [B, F, z, h, w]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, F, z, h, w] -> clips [B, F, 3, H, W], about [-1,1]. Without gradients.
@@ -84,7 +104,14 @@ class SVD(nn.Module):
         """
         self._fetch("vae")
         raw = (latents / self.config.vae.scale_factor).to(self.vae.quant_conv.weight.dtype)
-        return torch.stack([lowmem_decode.decode(self.vae.decoder, clip) for clip in raw]).to(latents.dtype)
+        with torch.no_grad():
+            return torch.stack([self._decode(clip) for clip in raw]).to(latents.dtype)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        """[F, z, h, w] -> [F, 3, H, W]."""
+        if self.budget.decoder == "whole":
+            return self.vae.decoder(raw, len(raw))
+        return lowmem_decode.decode(self.vae.decoder, raw, keep=self.budget.decoder == "keep")
 
     def tokens_of(self, image: Tensor, num_frames: int) -> Tokens:
         """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding as the only one, N = 1."""
@@ -122,13 +149,13 @@ class SVD(nn.Module):
 
         return F_theta
 
-    def denoiser(self, cond: Conditioning, guidance: tuple[float, float], in_turn: bool = False) -> edm.Denoiser:
+    def denoiser(self, cond: Conditioning, guidance: tuple[float, float]) -> edm.Denoiser:
         """D(x; sigma) with classifier-free guidance, a scale for the first frame and one for the last.
 
-        The two branches are one batch or, for less memory, evaluated in turn.
+        The two branches are one batch or, where the budget says so, evaluated in turn for less memory.
         """
         scale = edm.guidance_scale(*guidance, num_frames=cond.concat.shape[1]).to(cond.concat)
-        if in_turn:
+        if self.budget.in_turn:
             networks = self.network(cond.negative().without_tokens()), self.network(cond)
 
             def D(x: Tensor, sigma: Tensor) -> Tensor:
@@ -151,14 +178,13 @@ class SVD(nn.Module):
         num_steps: int,
         guidance: tuple[float, float],
         solver: edm.Solver = edm.euler,
-        in_turn: bool = False,
     ) -> Iterator[Tensor]:
         """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the solver's steps.
 
         Raises FloatingPointError after the last step if a step gave numbers that are not finite, and names the first. A
         check in every step would make the device wait.
         """
-        config, D = self.config, self.denoiser(cond, guidance, in_turn)
+        config, D = self.config, self.denoiser(cond, guidance)
         sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
         finite = []
         for x in solver(D, n, sigmas.to(n)):
@@ -171,8 +197,8 @@ class SVD(nn.Module):
             )
 
     def park(self, name: str) -> None:
-        """Moves a network ("unet", "vae", "image_encoder") to the CPU until it is used again."""
-        if self.device is not None:
+        """Moves a network ("unet", "vae", "image_encoder") to the CPU until it is used again, if the budget says so."""
+        if self.device is not None and self.budget.park:
             getattr(self, name).to("cpu")
 
     def release(self, name: str) -> None:

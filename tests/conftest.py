@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs kernels on a CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # An example costs a network, not a search: few examples, always the same ones.
 settings.register_profile("networks", max_examples=6, deadline=None, derandomize=True)
 settings.load_profile("networks")

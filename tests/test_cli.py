@@ -26,6 +26,7 @@ from minimti.io.files import InputError
 from minimti.io.video import decode_clip, read_clip
 from minimti.io.write import write_clip
 from minimti.motion import Motion, initialise
+from minimti.networks import recompute
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
@@ -126,7 +127,7 @@ def reached(monkeypatch):
 def test_the_defaults_of_training_are_the_models_recipe(work, call, reached):
     assert "reached" in call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[2]
     assert reached["recipe"] == make_recipe(MODELS["svd"], "paper")
-    assert reached["num_tokens"] == 5 and reached["flip"] and not reached["shared"] and reached["memory"] is None
+    assert reached["num_tokens"] == 5 and reached["flip"] and not reached["shared"] and reached["memory"] == "auto"
     assert reached["seed"] == 0 and reached["release"]
     call("train.py", "ref.mp4", "--model", "tiny", "--out", "none.pt")
     assert reached["recipe"] == make_recipe(MODELS["tiny"], "muon")
@@ -145,7 +146,7 @@ def test_every_option_of_sampling_reaches_the_pipeline(work, call, reached):
     args = ["--emb", "m.pt", "img.png", *SMALL_FILE, "--out", "none.mp4"]
     call("sample.py", *args)
     assert reached["steps"] is None and reached["guidance"] is None and reached["solver"] == "euler"
-    assert reached["seed"] == 0 and not reached["unconditional"] and reached["memory"] == "balanced"
+    assert reached["seed"] == 0 and not reached["unconditional"] and reached["memory"] == "auto"
     assert reached["micro"] == SMALL.micro
     more = "--steps 9 --guidance 2 4 --solver heun --seed 3 --unconditional --memory low --fps 12 --motion-bucket 30"
     call("sample.py", *args, *more.split(), "--noise-aug", "0.1", "--size", "64x128")
@@ -176,10 +177,13 @@ def test_the_model_suits_the_machine_by_default(work, call, monkeypatch, program
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_unet_is_compiled_where_it_is_asked_for(work, call, monkeypatch, reached, compiled):
-    """On a CPU only then: it takes minutes. A graph break would be an error."""
+    """A graph break would be an error."""
     calls = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append(options))
-    call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt", *["--compile"] * compiled)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
+    recompute._compiled_call.cache_clear()
+    args = ("--steps", "1", "--cache", "1", "--out", "compiled.pt")
+    call("train.py", "ref.mp4", *SMALL_FILE, *args, *["--compile"] * compiled)
+    recompute._compiled_call.cache_clear()
     assert calls == [{"fullgraph": True, "dynamic": False}] * compiled
 
 

@@ -10,10 +10,10 @@ import pytest
 from official import SMALL
 from safetensors import safe_open
 
-from minimti.config import MEMORY_MODES, MODELS, RECIPES, MicroConditioning, checked, from_json, to_json
+from minimti.config import MODELS, RECIPES, MicroConditioning, checked, from_json, to_json
 
 TINY_FILE = Path(__file__).parents[1] / "weights" / "tiny" / "tiny.safetensors"
-DEFAULTS = ("recipe", "memory", "note")
+DEFAULTS = ("recipe", "note")
 
 
 def entries_of(config) -> dict:
@@ -31,7 +31,7 @@ def test_the_named_models():
     assert list(MODELS) == ["svd", "svd-xt", "svd-xt-1-1", "tiny"]
     assert all(checked(config).name == name for name, config in MODELS.items())
     assert [(c.num_frames, c.num_steps) for c in MODELS.values()] == [(14, 25), (25, 30), (25, 30), (14, 12)]
-    assert [(c.recipe, c.memory) for c in MODELS.values()] == [("paper", "balanced")] * 3 + [("muon", None)]
+    assert [c.recipe for c in MODELS.values()] == ["paper"] * 3 + ["muon"]
     assert MODELS["svd-xt-1-1"].unet == MODELS["svd-xt"].unet == MODELS["svd"].unet
     assert [bool(c.note) for c in MODELS.values()] == [False, False, False, True]
 
@@ -50,7 +50,7 @@ def test_a_configuration_survives_json(config):
 def test_files_of_version_0_1_0_get_the_defaults_of_the_model_of_their_name():
     for name, config in MODELS.items():
         assert from_json(json.dumps(in_version_0_1_0(config))) == config, name
-    other = replace(MODELS["tiny"], name="mine", recipe="paper", memory="balanced", note="")
+    other = replace(MODELS["tiny"], name="mine", recipe="paper", note="")
     assert from_json(json.dumps(in_version_0_1_0(other))) == other  # a name that is none: the defaults of svd
 
 
@@ -91,7 +91,6 @@ INF, NAN = float("inf"), float("nan")
         ("sigma_min", (-0.1, "0.1", None, False, NAN, INF, [0.1])),
         ("p_mean", ("0", None, NAN, INF, -INF, True)),
         ("recipe", ("adam", None, 3, "")),
-        ("memory", ("all", 3, "", True)),
         ("note", (None, 3)),
         ("micro", (None, 3, [], {})),
         ("unet", ("unet", [1, 2])),
@@ -114,9 +113,8 @@ def test_a_dataclass_that_fits_is_passed_on():
     micro = MicroConditioning(fps_id=6, motion_bucket_id=127, cond_aug=0)  # a whole number is a float too
     assert checked(micro) is micro
     for recipe in RECIPES:
-        for memory in (None, *MEMORY_MODES):
-            config = replace(SMALL, recipe=recipe, memory=memory, p_mean=-2.8)
-            assert checked(config) is config and from_json(to_json(config)) == config
+        config = replace(SMALL, recipe=recipe, p_mean=-2.8)
+        assert checked(config) is config and from_json(to_json(config)) == config
     for wrong in (
         replace(SMALL, size=[64, 64]),
         replace(SMALL, unet=asdict(SMALL.unet)),

@@ -248,7 +248,7 @@ def test_a_fault_leaves_the_last_good_step(mini_svd, motion, clip, monkeypatch, 
     constant, gradients = view(mini_svd, clip, motion, False, 0), torch.randn(6, *motion.tokens.shape)
     gradients[bad, 1, 2, 3] = torch.nan
 
-    def planted(svd, motion, view, sigma, n):
+    def planted(svd, motion, view, sigma, n, scale):
         return torch.tensor(0.5), gradients[next(steps)]
 
     monkeypatch.setattr(module, "loss_and_gradient", planted)
@@ -305,7 +305,7 @@ def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, monkeypatch,
     for fetch_every in (None, 1, 3, 7, 100):
         copy, steps = replace(motion, tokens=motion.tokens.clone()), iter(range(7))
 
-        def planted(svd, motion, view, sigma, n, steps=steps):
+        def planted(svd, motion, view, sigma, n, scale, steps=steps):
             return torch.tensor(float(step := next(steps))), gradients[step]
 
         monkeypatch.setattr(module, "loss_and_gradient", planted)

@@ -15,8 +15,9 @@ from official import MINI, fill_by_name, write_official
 import minimti
 from minimti import edm, pipeline
 from minimti import invert as invert_module
+from minimti.budget import Budget
 from minimti.checkpoint.fingerprint import fingerprint
-from minimti.config import MODELS
+from minimti.config import MEMORY_MODES, MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
 from minimti.io.video import Clip
@@ -26,7 +27,7 @@ from minimti.svd import SVD
 
 ROOT = Path(__file__).resolve().parents[1]
 F = MINI.num_frames
-CONFIG = replace(MINI, memory=None)  # recomputing nothing takes half the time
+CONFIG = MINI
 RECIPE = replace(make_recipe(CONFIG), steps=3, num_cached_views=2)
 
 
@@ -304,19 +305,25 @@ def test_networks_that_a_step_does_not_need_are_parked(clip, motion, monkeypatch
         assert parked == ["image_encoder", "vae", "unet"]
 
 
-@pytest.mark.parametrize("memory", ["fast", "balanced", "low"])
+@pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_memory_modes_learn_the_same(svd, clip, motion, memory):
     other = learn(svd, clip, recipe=RECIPE, num_tokens=2, memory=memory)
     assert torch.allclose(other.tokens, motion.tokens, atol=1e-4)
 
 
-def test_the_memory_mode_is_the_models_own_unless_one_is_named(svd, clip, monkeypatch):
-    modes = []
-    monkeypatch.setattr(pipeline, "set_mode", lambda unet, mode: modes.append(mode))
-    monkeypatch.setattr(svd, "config", replace(CONFIG, memory="balanced"))
-    for memory in (None, "low"):
+@pytest.mark.parametrize("free, mode", [(None, "balanced"), (2**50, "max")])
+def test_the_fastest_mode_that_fits_is_taken_unless_one_is_named(svd, clip, monkeypatch, free, mode):
+    monkeypatch.setattr(pipeline, "available_memory", lambda device: free)
+    for memory, expected in (("auto", mode), ("low", "low"), (Budget(memory="fast"), "fast")):
         learn(svd, clip, recipe=RECIPE, steps=0, memory=memory)
-    assert modes == ["balanced", "low"]
+        assert svd.budget.memory == expected
+        assert svd.unet.mid_block.mode == (None if expected == "max" else expected)
+
+
+def test_a_video_made_while_learning_leaves_the_budget_as_it_was(svd, motion):
+    svd.use(Budget(memory="low"))
+    animate(svd, motion, image(), steps=1, memory="max")
+    assert svd.budget == Budget(memory="low") and svd.unet.mid_block.mode == "low"
 
 
 @pytest.mark.parametrize("options, batches", [({}, [2]), ({"memory": "low"}, [1, 1])], ids=str)
@@ -365,7 +372,7 @@ def test_no_solver_is_missing_on_the_command_line():
     from minimti.config import MEMORY_MODES, RECIPES, SOLVERS
     from minimti.networks.recompute import MODES
 
-    assert tuple(edm.SOLVERS) == tuple(SOLVERS) and tuple(MODES) == tuple(MEMORY_MODES)
+    assert tuple(edm.SOLVERS) == tuple(SOLVERS) and ("max", *MODES) == MEMORY_MODES
     assert all(make_recipe(MINI, name) for name in RECIPES)
 
 
@@ -392,7 +399,7 @@ def test_an_interrupted_sample_leaves_a_model_that_learns(clip, motion):
         (torch.zeros(2, 3, 32, 48), {}, r"must be \[1, 3, H, W\], not \[2, 3, 32, 48\]"),
         (torch.zeros(3, 32, 48), {}, r"must be \[1, 3, H, W\], not \[3, 32, 48\]"),
         (torch.zeros(1, 3, 32, 48), {"solver": "ddim"}, "unknown solver 'ddim': euler, heun, dpmpp-2m"),
-        (torch.zeros(1, 3, 32, 48), {"memory": "fast"}, "unknown memory mode 'fast': balanced or low"),
+        (torch.zeros(1, 3, 32, 48), {"memory": "all"}, "unknown memory mode 'all': auto, max, fast, balanced, low"),
         (torch.zeros(1, 3, 32, 48), {"steps": 0}, "at least one step, not 0"),
     ],
 )

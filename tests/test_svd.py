@@ -8,6 +8,7 @@ import torch
 from official import MINI, fill_by_name
 
 from minimti import edm
+from minimti.budget import Budget
 from minimti.svd import SVD, Conditioning
 
 F, N, D = MINI.num_frames, 5, MINI.unet.context_dim
@@ -82,14 +83,15 @@ def test_the_forms_of_a_conditioning(mini_svd, image):
 
 @torch.no_grad()
 @pytest.mark.parametrize("in_turn", [False, True])
-def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(mini_svd, in_turn):
+def test_the_denoiser_guides_from_the_negative_branch_to_the_positive(mini_svd, monkeypatch, in_turn):
     """Its own estimate is D(negative) + scale * (D(positive) - D(negative)), with the scale of each frame."""
+    monkeypatch.setattr(mini_svd, "budget", Budget(in_turn=in_turn))
     x, concat = torch.randn(2, 3, 3, LATENT[0], 4, 6)  # three clips of three frames
     cond = Conditioning(concat, torch.rand(3, 3), torch.randn(3, 3, N, D), torch.randn(3, N, D))
     zeroed = replace(cond, concat=cond.concat * 0, spatial=cond.spatial * 0, temporal=cond.temporal * 0)
     sigma = torch.tensor([0.5, 2.0, 8.0])
     negative, positive = (edm.denoise(mini_svd.network(c), x, sigma) for c in (zeroed, cond))
-    estimate = mini_svd.denoiser(cond, (0.0, 3.0), in_turn)(x, sigma)
+    estimate = mini_svd.denoiser(cond, (0.0, 3.0))(x, sigma)
     for frame, scale in enumerate((0.0, 1.5, 3.0)):
         expected = negative[:, frame] + scale * (positive[:, frame] - negative[:, frame])
         assert torch.allclose(estimate[:, frame], expected, atol=1e-4)
@@ -105,17 +107,18 @@ def test_sampling_starts_from_the_noise_at_the_largest_sigma(mini_svd, image, mo
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options, batches", [({}, [2]), ({"in_turn": True}, [1, 1])], ids=str)
-def test_tokens_are_projected_once_per_sample(mini_svd, image, monkeypatch, options, batches):
+@pytest.mark.parametrize("in_turn, batches", [(False, [2]), (True, [1, 1])], ids=str)
+def test_tokens_are_projected_once_per_sample(mini_svd, image, monkeypatch, in_turn, batches):
     """And the two branches are evaluated as one batch or in turn, in every step."""
+    monkeypatch.setattr(mini_svd, "budget", Budget(in_turn=in_turn))
     projected, evaluated = [], []
     project, forward = mini_svd.unet.project_tokens, mini_svd.unet.forward
     monkeypatch.setattr(mini_svd.unet, "project_tokens", lambda *args: projected.append(len(args[0])) or project(*args))
     monkeypatch.setattr(mini_svd.unet, "forward", lambda *args: evaluated.append(len(args[0])) or forward(*args))
     cond, n = conditioning(mini_svd, image), torch.randn(1, F, *LATENT)
-    list(mini_svd.sample(cond, n, 3, (1.0, 3.0), **options))
+    list(mini_svd.sample(cond, n, 3, (1.0, 3.0)))
     assert (projected, evaluated) == (batches, 3 * batches)
-    mini_svd.denoiser(cond, (1.0, 3.0), **options)(n, torch.ones(1))
+    mini_svd.denoiser(cond, (1.0, 3.0))(n, torch.ones(1))
     assert (projected, evaluated) == (2 * batches, 4 * batches)
 
 

@@ -3,6 +3,7 @@
 In shapes, B is the number of clips, F the frames of each, L = H W the positions of a frame, N the tokens of a set.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.config import UNetConfig
-from minimti.networks.layers import Blend, TimestepEmbedding, add_owned, module_list, sinusoid
+from minimti.networks import fused
+from minimti.networks.layers import Blend, GroupNorm, TimestepEmbedding, add_owned, module_list, sinusoid
 from minimti.networks.recompute import Checkpointed
 
 FEW_SCORES = 2**21  # entries of Q K^T that fit in the cache of a CPU
-SLICE_BYTES = 2**25  # hidden layer that a feed-forward computes at once, where it goes in slices
+FEW_FRAMES = 32  # a GPU's fused attention works in blocks of 64 and more; among fewer it is slower than the equation
+PART_POSITIONS = 1024  # that attend to the tokens of a set at once, at least
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, few_scores: int = FEW_SCORES) -> Tensor:
@@ -23,11 +26,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, few_scores: int = FEW_SCORES) -> 
     q [batch, heads, L, d_a], k and v [batch, heads, N, d_a] -> [batch, heads, L, d_a].
 
     On a CPU, up to `few_scores` scores are computed as the equation is written: the backward pass of PyTorch's fused
-    attention takes up to 20 times as long there (14 frames in bf16). Everything else is fused, without a matrix of
-    scores in memory.
+    attention takes up to 20 times as long there (14 frames in bf16). So is attention among few frames on a GPU, in half
+    the time (14 frames on an H100). Everything else is fused, without a matrix of scores in memory.
     """
     num_scores = q.numel() // q.shape[-1] * k.shape[-2]
-    if q.device.type == "cpu" and num_scores <= few_scores:
+    if num_scores <= few_scores if q.device.type == "cpu" else max(q.shape[-2], k.shape[-2]) <= FEW_FRAMES:
         return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -110,7 +113,17 @@ class CrossAttention(Attention):
         num_tokens = v.shape[2]
         if num_tokens < 2:
             return self.project_out(v.sum(dim=2, keepdim=True))
-        return self.project_out(attention(self.split_heads(self.to_q(x)), k, v, self.few_scores))
+        # The positions of a set go in parts, each with a copy of K and V. The backward pass of fused attention goes
+        # through the queries of a set one after the other, so that few sets would occupy few multiprocessors of a GPU.
+        parts = _num_parts(x.shape[1])
+        q = self.to_q(x).unflatten(1, (parts, -1)).flatten(0, 1)  # [(sets parts), L / parts, dim]
+        k, v = (t.repeat_interleave(parts, dim=0) for t in (k, v))  # [(sets parts), heads, N, head_dim]
+        return self.project_out(attention(self.split_heads(q), k, v, self.few_scores)).view(x.shape)
+
+
+def _num_parts(positions: int) -> int:
+    """A power of two that divides the number of positions and leaves about PART_POSITIONS or more in each part."""
+    return math.gcd(positions, 2 ** max(0, (positions // PART_POSITIONS).bit_length() - 1))
 
 
 class GEGLU(nn.Module):
@@ -122,6 +135,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim_hidden]."""
+        if fused.applies(x, self.proj.weight):
+            return fused.geglu(self.proj(x))
         # Two products instead of one that is split: the halves of its rows are not contiguous, and the backward pass
         # would spend more than half of the layer's time on copying them.
         (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
@@ -131,8 +146,6 @@ class GEGLU(nn.Module):
 
 class FeedForward(Checkpointed):
     """The feed-forward of a transformer. Its hidden layer, 8 dim wide, is the largest tensor of the network."""
-
-    slice_bytes = SLICE_BYTES
 
     def __init__(self, dim: int):
         super().__init__()
@@ -206,7 +219,7 @@ class SpatioTemporalTransformer(nn.Module):
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
         sizes = channels, config.context_dim, config.num_head_channels
-        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = module_list([TransformerBlock(*sizes)])
         self.temporal_transformer_blocks = module_list([TemporalBlock(*sizes)])

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Callable[[int], nn.GroupNorm]  # makes the group norm for a number of channels
+from minimti.networks import fused
+
+Norm = Callable[[int], "GroupNorm"]  # makes the group norm for a number of channels
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -22,19 +24,11 @@ def module_list(modules: Iterable[AnyModule]) -> Sequence[AnyModule]:
     return cast(Sequence[AnyModule], nn.ModuleList(modules))
 
 
-def silu(owned: Tensor) -> Tensor:
-    """SiLU, in the memory of `owned` when gradients are off.
-
-    The caller must hold the only reference to `owned` and must not use it afterwards: a result that was just computed,
-    not an input. With gradients on, autograd may need `owned` in the backward pass, and a new tensor is returned.
-    """
-    return F.silu(owned, inplace=not torch.is_grad_enabled())
-
-
 def add_owned(owned: Tensor, y: Tensor) -> Tensor:
     """The sum owned + y, in the memory of `owned` when gradients are off; y broadcasts to the shape of `owned`.
 
-    The same rule as for `silu`: nothing but the result may be used afterwards.
+    The caller must hold the only reference to `owned` and must not use it afterwards: a result that was just computed,
+    not an input. With gradients on, autograd may need `owned` in the backward pass, and a new tensor is returned.
     """
     return owned + y if torch.is_grad_enabled() else owned.add_(y)
 
@@ -80,6 +74,22 @@ class Blend(nn.Module):
         """Two tensors of one shape -> the same shape."""
         weight = self.mix_factor.sigmoid().to(spatial.dtype)
         return torch.lerp(spatial, temporal, weight) if self.weighs_temporal else torch.lerp(temporal, spatial, weight)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm, with what comes before and after it in a res block."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, silu: bool = False) -> Tensor:
+        """norm(x + shift), then SiLU if asked for. x [N, C, ..., ...], shift [N, C] -> the shape of x.
+
+        The rule of `add_owned` holds for an x that is shifted: the caller must not use it afterwards.
+        """
+        if fused.applies(x, self.weight):
+            return fused.group_norm(x, self, shift, silu)
+        if shift is not None:
+            x = add_owned(x, shift[:, :, None, None])  # [N, C, 1, 1]
+        x = super().forward(x)
+        return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
 
 
 class Conv3x3(nn.Conv2d):
@@ -151,12 +161,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
         """x [(B F), C, H, W] or [B, C, F, (H W)], embedding [B, embed_dim] or None -> x's shape with C' channels."""
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
+        shift = None
         if embedding is not None:
             shift = self.time_emb_proj(F.silu(embedding))  # [B, C']
-            shift = shift.repeat_interleave(len(h) // len(shift), dim=0)[:, :, None, None]  # [(B F) or B, C', 1, 1]
-            h = add_owned(h, shift)
-        h = self.conv2(silu(self.norm2(h)))
+            shift = shift.repeat_interleave(len(h) // len(shift), dim=0)  # [(B F) or B, C']
+        h = self.conv2(self.norm2(h, shift, silu=True))
         return add_owned(h, self.conv_shortcut(x))
 
 

@@ -9,19 +9,21 @@ copies of the clip. The pixels are those of `Decoder.forward` but for rounding.
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimti.networks.layers import ResBlock, VideoResBlock, clips_of, frames_of, silu
+from minimti.networks.layers import ResBlock, VideoResBlock, clips_of, frames_of
 from minimti.networks.vae import Decoder
 
 ROWS_BYTES = 2**26  # input of a temporal layer that is processed at once
 
 
-def decode(decoder: Decoder, z: Tensor, rows_bytes: int = ROWS_BYTES) -> Tensor:
+def decode(decoder: Decoder, z: Tensor, rows_bytes: int = ROWS_BYTES, keep: bool = False) -> Tensor:
     """Raw latents of one clip [F, z, h, w] -> pixels [F, 3, 8 h, 8 w], about [-1,1].
 
-    A temporal layer takes as many rows of all frames at once as `rows_bytes` hold, and at least one. It writes over
-    the frames, so this is only for use without gradients.
+    A temporal layer takes as many rows of all frames at once as `rows_bytes` hold, and at least one. With `keep`, the
+    input of its second norm is kept between the two passes over it, a copy of the clip, and not computed twice. The
+    layers write over the frames, so this is only for use without gradients.
     """
     frames = list(z.split(1))  # F times [1, C, H, W]
 
@@ -31,7 +33,7 @@ def decode(decoder: Decoder, z: Tensor, rows_bytes: int = ROWS_BYTES) -> Tensor:
 
     def video(block: VideoResBlock, before: nn.Module | None = None) -> None:
         each(lambda frame: block.spatial_res_block(frame if before is None else before(frame), None))
-        _blend_over_time(block, frames, rows_bytes)
+        _blend_over_time(block, frames, rows_bytes, keep)
 
     each(decoder.conv_in)
     video(decoder.mid_block.resnets[0])
@@ -43,29 +45,33 @@ def decode(decoder: Decoder, z: Tensor, rows_bytes: int = ROWS_BYTES) -> Tensor:
             video(resnet, before=upsample)  # frame by frame with its res block: not all frames are large at once
             upsample = None
         upsample = nn.Sequential(*block.upsamplers)
-    each(lambda frame: decoder.conv_out(silu(decoder.conv_norm_out(frame))))
+    each(lambda frame: decoder.conv_out(decoder.conv_norm_out(frame, silu=True)))
     clip = torch.cat(frames)  # [F, 3, H, W]
     return frames_of(decoder.time_conv_out(clips_of(clip, len(clip))), clip.shape[2])
 
 
-def _blend_over_time(block: VideoResBlock, frames: list[Tensor], rows_bytes: int) -> None:
+def _blend_over_time(block: VideoResBlock, frames: list[Tensor], rows_bytes: int, keep: bool) -> None:
     """The temporal half of VideoResBlock.forward, in place; frames are F tensors [1, C, H, W]."""
     over_time = block.temporal_res_block
     first = _Statistics(over_time.norm1)
     for frame in frames:
         first.add(frame)
     second = _Statistics(over_time.norm2)
+    kept = []
     for _, clip in _rows(frames, rows_bytes):
-        second.add(_first_half(over_time, clip, first))
-    for rows, clip in _rows(frames, rows_bytes):
         h = _first_half(over_time, clip, first)
-        mixed = block.time_mixer(clip, clip + over_time.conv2(silu(second.normalise(h))))
+        second.add(h)
+        if keep:
+            kept.append(h)
+    for rows, clip in _rows(frames, rows_bytes):
+        h = kept.pop(0) if keep else _first_half(over_time, clip, first)
+        mixed = block.time_mixer(clip, clip + over_time.conv2(F.silu(second.normalise(h), inplace=True)))
         for frame, part in zip(frames, frames_of(mixed, rows.stop - rows.start)):
             frame[0, :, rows] = part  # [C, rows, W]
 
 
 def _first_half(block: ResBlock, clip: Tensor, statistics: "_Statistics") -> Tensor:
-    return block.conv1(silu(statistics.normalise(clip)))
+    return block.conv1(F.silu(statistics.normalise(clip), inplace=True))
 
 
 def _rows(frames: list[Tensor], rows_bytes: int) -> Iterator[tuple[slice, Tensor]]:

@@ -6,6 +6,7 @@ convolutions and attention that took many FLOPs per byte of result. The rest is 
 The gradients are the same.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+SLICE_BYTES = 2**25  # fits the caches of a CPU
 
 # The FLOPs per byte from which each mode keeps a result. At full size in bf16, a matrix product in front of attention
 # or feed-forward takes 320 to 1280, one behind a feed-forward 1280 to 5120, a 3x3 convolution 2880 to 23040, attention
@@ -55,13 +58,13 @@ class Checkpointed(nn.Module):
     """A module that calls parts of itself under activation checkpointing, in the mode given to `set_mode`."""
 
     mode: str | None = None  # a key of MODES; None: no checkpointing
+    slice_bytes = SLICE_BYTES
+    compiled: type[nn.Module] | None = None  # parts of this class are compiled
 
     def checkpointed(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """part(*inputs), keeping for the backward pass what the mode keeps. Without gradients, just the call."""
-        if self.mode is None or not torch.is_grad_enabled():
-            return part(*inputs)
-        context_fn = partial(create_selective_checkpoint_contexts, partial(_policy, MODES[self.mode]))
-        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+        call = _compiled_call() if self.compiled and isinstance(part, self.compiled) else _call
+        return call(part, self.mode, *inputs)
 
     def in_slices(self, part: Callable[[Tensor], Tensor], x: Tensor, num_slices: int) -> Tensor:
         """part(x) for x [rows, C], slice by slice of the rows; `part` must treat every row alike.
@@ -74,8 +77,32 @@ class Checkpointed(nn.Module):
         return torch.cat([self.checkpointed(part, rows) for rows in x.chunk(num_slices)])
 
 
-def set_mode(network: nn.Module, mode: str | None) -> None:
-    """Sets what the training steps of a network keep: a key of MODES, or None for everything autograd needs."""
+def _call(part: Callable[..., Tensor], mode: str | None, *inputs: Any) -> Tensor:
+    if mode is None or not torch.is_grad_enabled():
+        return part(*inputs)
+    context_fn = partial(create_selective_checkpoint_contexts, partial(_policy, MODES[mode]))
+    return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+
+
+@functools.cache
+def _compiled_call() -> Callable[..., Tensor]:
+    """`_call`, compiled for each part and shape. A checkpoint around a compiled function would not be compiled."""
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(_call, fullgraph=True, dynamic=False)
+
+
+def compile_parts(network: nn.Module, kind: type[nn.Module]) -> None:
+    """torch.compile for all parts of a class that the network calls under checkpointing. A graph break is an error."""
     for module in network.modules():
         if isinstance(module, Checkpointed):
-            module.mode = mode
+            module.compiled = kind
+
+
+def set_mode(network: nn.Module, mode: str | None, slice_bytes: int = SLICE_BYTES) -> None:
+    """Sets what the training steps of a network keep: a key of MODES, or None for everything autograd needs.
+
+    slice_bytes  hidden layer that a feed-forward computes at once, where it goes in slices
+    """
+    for module in network.modules():
+        if isinstance(module, Checkpointed):
+            module.mode, module.slice_bytes = mode, slice_bytes

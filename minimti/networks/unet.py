@@ -14,12 +14,12 @@ from minimti.config import UNetConfig
 from minimti.networks.attention import Context, SpatioTemporalTransformer
 from minimti.networks.layers import (
     Conv3x3,
+    GroupNorm,
     Norm,
     TimestepEmbedding,
     Upsample,
     VideoResBlock,
     module_list,
-    silu,
     sinusoid,
 )
 from minimti.networks.recompute import Checkpointed
@@ -30,7 +30,7 @@ EPS = 1e-5
 
 def group_norm(config: UNetConfig) -> Norm:
     """The group norm of all res blocks and of the output."""
-    return partial(nn.GroupNorm, config.norm_groups, eps=EPS)
+    return partial(GroupNorm, config.norm_groups, eps=EPS)
 
 
 class Downsample(nn.Module):
@@ -207,5 +207,5 @@ class UNet(nn.Module):
         skips.append(self.mid_block(skips[-1], embedding, num_frames, remaining))
         for up_block in self.up_blocks:  # pops its input; a variable here would keep that in memory
             skips.append(up_block(skips, embedding, num_frames, remaining))
-        x = self.conv_out(silu(self.conv_norm_out(skips.pop())))
+        x = self.conv_out(self.conv_norm_out(skips.pop(), silu=True))
         return x.unflatten(0, (batch, num_frames)).to(out_dtype)  # [B, F, out_channels, H, W]

@@ -17,6 +17,7 @@ from minimti.config import VAEConfig
 from minimti.networks.layers import (
     Conv3x3,
     ConvOverTime,
+    GroupNorm,
     Norm,
     ResBlock,
     Upsample,
@@ -32,7 +33,7 @@ TEMPORAL_EPS = 1e-5  # in the decoder's res blocks over time; they also blend th
 
 def group_norm(config: VAEConfig, eps: float = EPS) -> Norm:
     """The group norm of all layers of the VAE."""
-    return partial(nn.GroupNorm, config.norm_groups, eps=eps)
+    return partial(GroupNorm, config.norm_groups, eps=eps)
 
 
 class Attention(nn.Module):
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 def _video_res_block(config: VAEConfig, c_in: int, c_out: int) -> VideoResBlock:
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z), num_frames)
         for block in self.up_blocks:
             x = block(x, num_frames)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x, silu=True))
         return frames_of(self.time_conv_out(clips_of(x, num_frames)), x.shape[2])  # [(B F), 3, 8 h, 8 w]
 
 
@@ -198,10 +199,10 @@ class VAE(nn.Module):
         """[batch, 3, H, W] in [-1,1] -> [batch, 2 z, H/8, W/8]: mean and log-variance of the posterior."""
         return self.quant_conv(self.encoder(pixels))
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, images_per_call: int = 1) -> Tensor:
         """[batch, 3, H, W] in [-1,1] -> raw latents [batch, z, H/8, W/8], the posterior's mode, in the dtype of pixels.
 
-        The encoder has no layers over time, so images go one at a time: a whole clip would take 20 GiB at 1024x576.
+        The encoder has no layers over time, so images can go one at a time: a clip would take 20 GiB at 1024x576.
         """
-        images = pixels.to(self.quant_conv.weight.dtype).split(1)
+        images = pixels.to(self.quant_conv.weight.dtype).split(images_per_call)
         return torch.cat([self.moments(image).chunk(2, dim=1)[0] for image in images]).to(pixels.dtype)

@@ -16,7 +16,7 @@ from minimti.checkpoint.load import memory_format
 from minimti.config import SVDConfig
 from minimti.networks import image_encoder
 from minimti.networks.attention import SpatioTemporalTransformer
-from minimti.networks.layers import Blend, ResBlock, silu
+from minimti.networks.layers import Blend, ResBlock
 from minimti.networks.vae import VAE, Decoder
 from minimti.svd import SVD, Conditioning
 from minimti.world.captions import CaptionEmbedding, word_ids
@@ -140,7 +140,7 @@ def decode_frames(decoder: Decoder, z: Tensor) -> Tensor:
             x = resnet.spatial_res_block(x, None)
         for upsample in block.upsamplers:
             x = upsample(x)
-    return decoder.conv_out(silu(decoder.conv_norm_out(x)))
+    return decoder.conv_out(decoder.conv_norm_out(x, silu=True))
 
 
 def picture_loss(out: Tensor, truth: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from official import SMALL, fill_by_name
 from torch import Tensor
 
+from minimti.budget import Budget
 from minimti.networks.attention import FEW_SCORES, CrossAttention, SelfAttention, SelfAttentionOverTime
 from minimti.networks.layers import Conv3x3, ConvOverTime, clips_of, frames_of
 from minimti.networks.unet import UNet
@@ -184,6 +185,7 @@ def test_tokens_are_projected_once_per_sampling_run(svd, monkeypatch, in_turn):
     image = torch.zeros(1, 2, 4, 8, 8, dtype=torch.float64)
     tokens = torch.randn(1, 2, 3, 48, dtype=torch.float64)
     cond = Conditioning(image, torch.tensor([[6, 127, 0.02]]), tokens, tokens[:, 0])
-    list(svd.sample(cond, torch.randn_like(image), 4, (1.0, 3.0), in_turn=in_turn))
+    monkeypatch.setattr(svd, "budget", Budget(in_turn=in_turn))
+    list(svd.sample(cond, torch.randn_like(image), 4, (1.0, 3.0)))
     branches = 2 if in_turn else 1
     assert calls == ["tokens"] * branches + ["network"] * branches * 4

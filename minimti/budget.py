@@ -1,0 +1,106 @@
+"""Memory as a budget: what a step needs, and the fastest way to compute it that fits what is free.
+
+All ways give the same result but for rounding. Needs are linear in the number of latent cells of a clip, F h w. The
+bytes per cell are those of exact counts (bench/cost.py) at full size, rounded up; tests/test_budget.py compares them.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from minimti.config import MEMORY_MODES, SVDConfig
+from minimti.io.files import InputError
+
+GIB = 2**30
+TRAIN = {"max": 400_000, "fast": 200_000, "balanced": 90_000, "low": 40_000}  # bytes per cell, 16 bits, 320 channels
+DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
+ENCODE = 2_800  # bytes per pixel of an image, 32 bits, 128 channels
+DECODE = {"max": 3_600, "fast": 1_150, "balanced": 700, "low": 700}  # bytes per pixel of a clip
+DECODERS = {"max": "whole", "fast": "keep", "balanced": "twice", "low": "twice"}
+MARGIN = 1.1  # an allocator needs more than the sum of live tensors
+RESERVE = 0.7 * GIB  # work space of libraries, views, and what small networks need besides
+LEAST_CHANNELS = 160  # narrower networks need more per channel
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Choices that trade memory for time. The defaults suit a CPU, where slices should fit its caches."""
+
+    memory: str = "balanced"  # one of MEMORY_MODES: what a training step recomputes (networks/recompute.py)
+    slice_bytes: int = 2**25  # hidden layer that a feed-forward computes at once
+    in_turn: bool = False  # the two branches of guidance one after the other, not as one batch
+    images_per_call: int = 1  # of the VAE's encoder
+    decoder: str = "twice"  # "whole", or "keep" or "twice" of networks/lowmem_decode.py
+    park: bool = True  # networks that wait are moved to the CPU
+    needed: float = 0.0  # bytes, estimated; 0: no estimate was made
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.memory}, about {self.needed / GIB:.1f} GiB"
+
+
+def plan(
+    svd: nn.Module,
+    config: SVDConfig,
+    num_frames: int,
+    size: tuple[int, int],
+    *,
+    training: bool,
+    memory: str = "auto",
+    available: int | None,
+    on_cpu: bool,
+) -> Budget:
+    """The budget of an inversion (`training`) or of a sample.
+
+    svd        its weights count; on the meta device it takes no memory itself
+    size       (width, height) in pixels
+    memory     "auto": the first of MEMORY_MODES that fits, most memory first; or one of them
+    available  bytes that the process can use in all, its own included; None: unknown, then "auto" is "balanced"
+    on_cpu     feed-forwards are cut to fit a CPU's caches, and nothing is parked
+
+    Raises InputError if not even "low" fits, ValueError for an unknown mode.
+    """
+    if memory not in ("auto", *MEMORY_MODES):
+        raise ValueError(f"unknown memory mode {memory!r}: auto, {', '.join(MEMORY_MODES)}")
+    if memory == "auto" and available is None:
+        memory = "balanced"
+    needs = {mode: _needed(svd, config, num_frames, size, mode, training) for mode in MEMORY_MODES}
+    if memory == "auto":
+        assert available is not None
+        memory = next((mode for mode in MEMORY_MODES if needs[mode] <= available), "")
+        if not memory:
+            raise InputError(
+                f"{size[0]}x{size[1]} and {num_frames} frames need about {needs['low'] / GIB:.1f} GiB with the least"
+                f" memory, and {available / GIB:.1f} are free; choose a smaller --size"
+            )
+    free = max(0.0, (available or 0) - needs[memory])
+    image = _scaled(ENCODE, config.vae.ch / 128, svd, "vae", 4) * size[0] * size[1]
+    return Budget(
+        memory=memory,
+        slice_bytes=2**25 if on_cpu or memory == "low" else 2**29,
+        in_turn=memory == "low",
+        images_per_call=1 if on_cpu else int(min(8, num_frames, 1 + free // image)),
+        decoder=DECODERS[memory],
+        park=memory != "max" and not on_cpu,
+        needed=needs[memory],
+    )
+
+
+def _needed(
+    svd: nn.Module, config: SVDConfig, num_frames: int, size: tuple[int, int], mode: str, training: bool
+) -> float:
+    weights = sum(parameter.nbytes for parameter in svd.parameters())
+    pixels = num_frames * size[0] * size[1]
+    cells = pixels / 4 ** (len(config.vae.ch_mult) - 1)
+    channels = max(config.unet.model_channels, LEAST_CHANNELS) / 320
+    unet = _scaled((TRAIN if training else DENOISE)[mode], channels, svd, "unet", 2) * cells
+    vae = _scaled(ENCODE, config.vae.ch / 128, svd, "vae", 4) * size[0] * size[1]
+    if not training:
+        vae = max(vae, _scaled(DECODE[mode], config.vae.ch / 128, svd, "vae", 4) * pixels)
+    return weights + MARGIN * max(unet, vae) + RESERVE
+
+
+def _scaled(count: float, channels: float, svd: nn.Module, network: str, itemsize: int) -> float:
+    """A count of bytes for a network of other width and precision than it was made for."""
+    parameter = next(getattr(svd, network).parameters(), None)  # None: released
+    return count * channels * (parameter.element_size() if parameter is not None else itemsize) / itemsize

@@ -1,0 +1,58 @@
+"""A function recorded once as a CUDA graph and replayed. A reader can skip this: the results are the function's own.
+
+PyTorch launches the kernels of a full-size training step one by one from Python, which takes longer than the GPU needs
+to run them. A replay launches all of them at once.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Graphed:
+    """A function of CUDA tensors. The first call records it; later calls replay the record on the new values.
+
+    The function must do the same operations in every call, on inputs of the same shapes, and must not fetch values from
+    the GPU. Where it cannot be recorded, it is called as it is, with a warning.
+    """
+
+    def __init__(self, function: Function):
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()  # the memory that the graph reads
+        self.outputs: tuple[Tensor, ...] = ()  # and writes
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """function(*inputs), in new tensors."""
+        if not self.inputs:
+            self._record(inputs)
+        if self.graph is None:
+            return self.function(*inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in inputs)
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # kernels are chosen and compiled before the recording
+            for _ in range(2):
+                self.function(*self.inputs)
+        current.wait_stream(side)
+        torch.cuda.empty_cache()  # the graph has memory of its own
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.outputs = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"the step cannot be recorded as a CUDA graph and runs without ({reason})", stacklevel=4)
