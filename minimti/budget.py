@@ -4,7 +4,9 @@ All ways give the same result but for rounding. Needs are linear in the number o
 bytes per cell are those of exact counts (bench/cost.py) at full size, rounded up; tests/test_budget.py compares them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
@@ -12,14 +14,29 @@ from minimti.config import MEMORY_MODES, SVDConfig
 from minimti.io.files import InputError
 
 GIB = 2**30
-TRAIN = {"max": 400_000, "fast": 200_000, "balanced": 90_000, "low": 40_000}  # bytes per cell, 16 bits, 320 channels
+TRAIN = {"max": 400_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
 DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
 ENCODE = 2_800  # bytes per pixel of an image, 32 bits, 128 channels
 DECODE = {"max": 3_600, "fast": 1_150, "balanced": 700, "low": 700}  # bytes per pixel of a clip
 DECODERS = {"max": "whole", "fast": "keep", "balanced": "twice", "low": "twice"}
-MARGIN = 1.1  # an allocator needs more than the sum of live tensors
-RESERVE = 0.7 * GIB  # work space of libraries, views, and what small networks need besides
+MARGIN = 1.05  # an allocator needs more than the sum of live tensors
+RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
 LEAST_CHANNELS = 160  # narrower networks need more per channel
+
+
+class SVDNetworks(Protocol):
+    """What is taken of svd.SVD, whose module imports this one."""
+
+    @property
+    def unet(self) -> nn.Module:
+        """The UNet."""
+
+    @property
+    def vae(self) -> nn.Module:
+        """The VAE."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of all networks."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ class Budget:
 
 
 def plan(
-    svd: nn.Module,
+    svd: SVDNetworks,
     config: SVDConfig,
     num_frames: int,
     size: tuple[int, int],
@@ -74,7 +91,7 @@ def plan(
                 f" memory, and {available / GIB:.1f} are free; choose a smaller --size"
             )
     free = max(0.0, (available or 0) - needs[memory])
-    image = _scaled(ENCODE, config.vae.ch / 128, svd, "vae", 4) * size[0] * size[1]
+    image = _scaled(ENCODE, config.vae.ch / 128, svd.vae, 4) * size[0] * size[1]
     return Budget(
         memory=memory,
         slice_bytes=2**25 if on_cpu or memory == "low" else 2**29,
@@ -87,20 +104,24 @@ def plan(
 
 
 def _needed(
-    svd: nn.Module, config: SVDConfig, num_frames: int, size: tuple[int, int], mode: str, training: bool
+    svd: SVDNetworks, config: SVDConfig, num_frames: int, size: tuple[int, int], mode: str, training: bool
 ) -> float:
-    weights = sum(parameter.nbytes for parameter in svd.parameters())
+    """The peak in bytes: of loading, of the UNet and of the VAE, with the networks that are in memory at the time."""
+    unet, vae, everything = (sum(p.nbytes for p in part.parameters()) for part in (svd.unet, svd.vae, svd))
     pixels = num_frames * size[0] * size[1]
     cells = pixels / 4 ** (len(config.vae.ch_mult) - 1)
-    channels = max(config.unet.model_channels, LEAST_CHANNELS) / 320
-    unet = _scaled((TRAIN if training else DENOISE)[mode], channels, svd, "unet", 2) * cells
-    vae = _scaled(ENCODE, config.vae.ch / 128, svd, "vae", 4) * size[0] * size[1]
+    channels, ch = max(config.unet.model_channels, LEAST_CHANNELS) / 320, config.vae.ch / 128
+    step = MARGIN * cells * _scaled((TRAIN if training else DENOISE)[mode], channels, svd.unet, 2)
+    coding = MARGIN * _scaled(ENCODE, ch, svd.vae, 4) * size[0] * size[1]
     if not training:
-        vae = max(vae, _scaled(DECODE[mode], config.vae.ch / 128, svd, "vae", 4) * pixels)
-    return weights + MARGIN * max(unet, vae) + RESERVE
+        coding = max(coding, MARGIN * _scaled(DECODE[mode], ch, svd.vae, 4) * pixels)
+    if mode == "max":
+        return everything + max(step, coding) + RESERVE
+    while_coding = unet + vae if training else vae  # a sample parks the UNet before it decodes
+    return max(everything, unet + step, while_coding + coding) + RESERVE
 
 
-def _scaled(count: float, channels: float, svd: nn.Module, network: str, itemsize: int) -> float:
+def _scaled(count: float, channels: float, network: nn.Module, itemsize: int) -> float:
     """A count of bytes for a network of other width and precision than it was made for."""
-    parameter = next(getattr(svd, network).parameters(), None)  # None: released
+    parameter = next(network.parameters(), None)  # None: released
     return count * channels * (parameter.element_size() if parameter is not None else itemsize) / itemsize

@@ -18,7 +18,8 @@ from minimti.networks.vae import VAE
 
 triton_kernels = pytest.importorskip("minimti.networks.triton_kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}  # of the norm; a bf16 number has 8 bits
+# Of the norm. Triton's interpreter cuts a result to 8 bits for bf16, where a GPU rounds it.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 6e-4}
 
 # [N, C, ..., ...] and groups: odd channels, one row, rows of several parts, the shape of layers over time
 SHAPES = [((2, 64, 5, 7), 8), ((1, 70, 30, 21), 7), ((3, 40, 1, 1), 2), ((1, 32, 4, 160), 4)]
@@ -71,7 +72,7 @@ def test_inputs_of_any_strides_give_the_same():
         assert torch.allclose(norm(expanded), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=str)
 def test_a_large_mean_does_not_cancel(dtype, tolerance):
     """With a mean of 100 and a deviation of 1, sums of squares in fp32 would lose three digits."""
     norm, reference = make_norm(16, 4, dtype)
