@@ -295,9 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             items = kernel_items(config)
         else:
             items = plan(config, args.only, args.repeats)
+        items = chosen(items, args.cases)
         try:
             left = None if args.budget is None else args.budget - (now() - began)
-            work(report, chosen(items, args.cases), left, now)
+            work(report, items, left, now)
         finally:
             print(report, flush=True)
             if picture:

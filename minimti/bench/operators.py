@@ -29,8 +29,8 @@ def counted_cases(config: SVDConfig) -> dict[str, tuple[Case, str]]:
     """The cases to count, each with the device of its fake tensors.
 
     Denoising is counted on fake tensors of a GPU, which does not need to be there; attention appears as its plain
-    formula on them. A backward pass needs a real device, so training is counted on fake tensors of a CPU, with our fused
-    operators on as on a GPU.
+    formula on them. A backward pass needs a real device, so training is counted on fake tensors of a CPU, with our
+    fused operators on as on a GPU.
     """
     cases = official_cases(config)
     names = ("denoise", "train_fast", "train_balanced", "train_low")

@@ -27,7 +27,7 @@ from minimti.io.pixels import to_uint8
 from minimti.io.write import write_clip, write_strip
 from minimti.svd import SVD
 
-ROOT = Path(minimti.__file__).resolve().parents[1]  # of the checkout: a wheel has neither program
+ROOT = Path(minimti.__file__).resolve().parents[1]  # the checkout: a wheel has neither program
 BAR = re.compile(r"([^\r\n:|]+):\s+\d+%\|[^|\r\n]*\|\s+(\d+)/(\d+) \[")
 
 
@@ -75,7 +75,7 @@ def write_inputs(folder: Path, config: SVDConfig, images: int) -> tuple[Path, li
 
 
 def evict(path: Path) -> None:
-    """Asks the system to forget a file's contents, so that the next process reads it from the disk (Linux)."""
+    """Drops a file from the system's cache, so that the next process reads it from the disk (Linux)."""
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb") as file, suppress(OSError):
             os.fsync(file.fileno())
@@ -89,8 +89,8 @@ class Event(NamedTuple):
     """A line or a state of a progress bar that a process printed."""
 
     seconds: float  # after its start
-    label: str  # of the bar, or the first word of the line
-    step: int = 0  # of the bar
+    label: str  # the bar's, or the first word of the line
+    step: int = 0  # a bar's
     steps: int = 0
 
 

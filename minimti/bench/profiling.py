@@ -1,4 +1,4 @@
-"""Where the GPU time of a step goes, by kind of kernel, as PyTorch's profiler sees it."""
+"""Where the GPU time of a step goes, by kind of kernel, from PyTorch's profiler."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def shares(kernels: Sequence[Kernel], step_s: float) -> dict[str, float]:
 
 
 def gpu_time(step: Callable[[], Tensor]) -> dict[str, float]:
-    """The `shares` of a step on CUDA that has run before. Raises NotMeasurable where the profiler sees no kernel."""
+    """The `shares` of a step on CUDA that has run before. Raises NotMeasurable where the profiler records no kernel."""
     seconds = statistics.median(timed(step, "cuda") for _ in range(3))
     for _ in range(2):  # the first time the profiler starts up, and can miss the first kernels
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -82,9 +82,9 @@ def gpu_time(step: Callable[[], Tensor]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        kernels = kernels_of(json.loads(trace.read_text()))
+        kernels = kernels_of(json.loads(trace.read_text(errors="replace")))
     if not kernels:
-        raise NotMeasurable("the profiler saw no kernel")
+        raise NotMeasurable("the profiler recorded no kernel")
     return shares(kernels, seconds)
 
 

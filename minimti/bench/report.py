@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from minimti.bench.measure import CostPair, Line, Ratio
 from minimti.io.files import atomic_write
 
@@ -22,7 +24,7 @@ class Report:
     hardware: str
     versions: Mapping[str, str]
     command: str
-    path: Path | None = None  # of the JSON file; None: there is none
+    path: Path | None = None  # the JSON file; None: there is none
     lines: list[Line] = field(default_factory=list)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     costs: dict[str, CostPair] = field(default_factory=dict)
@@ -180,6 +182,8 @@ def work(report: Report, items: Sequence[Item], budget: float | None, clock: Cal
                     item.measure(report)
             except NotMeasurable as reason:
                 report.skipped[item.name] = str(reason)
+            except torch.OutOfMemoryError:
+                report.skipped[item.name] = "not enough memory"
             except OutOfTime:
                 report.skipped[item.name] = "stopped at the end of the budget"
             except Exception as error:

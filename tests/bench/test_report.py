@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from minimti.bench.cost import Cost
@@ -100,10 +101,18 @@ def test_a_failure_is_listed_and_the_work_goes_on(capsys):
     def refuse(_):
         raise NotMeasurable("the card is too small")
 
+    def fill_the_card(_):
+        raise torch.OutOfMemoryError("tried to allocate 60 GiB")
+
     clock, found = Clock(), report()
-    work(found, [Item("bad", 1, fail), Item("large", 1, refuse), clock.item("good", 1)], None, clock)
+    items = [Item("bad", 1, fail), Item("large", 1, refuse), Item("larger", 1, fill_the_card), clock.item("good", 1)]
+    work(found, items, None, clock)
     assert [line.case for line in found.lines] == ["good"]
-    assert found.skipped == {"bad": "failed: RuntimeError: no such kernel", "large": "the card is too small"}
+    assert found.skipped == {
+        "bad": "failed: RuntimeError: no such kernel",
+        "large": "the card is too small",
+        "larger": "not enough memory",
+    }
     assert found.failed == 1
     assert "Traceback" in capsys.readouterr().err
 
