@@ -15,13 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from minimti.bench.measure import timed
 from minimti.bench.report import NotMeasurable
 
-# The first pattern that occurs in a kernel's name gives its category; lower and upper case are the same. Layout changes
-# come before convolutions because cuDNN's name begins with its own, attention and convolutions before products because
-# many of their kernels are called some kind of gemm.
+# The first pattern that occurs in a kernel's name gives its category; lower and upper case are the same. Attention and
+# convolutions come before products, because the names of many of their kernels contain gemm or cutlass.
 CATEGORIES = {
     "copies": r"nchwToNhwc|nhwcToNchw|tensorTransform|memcpy|memset|CatArray|copy_kernel|direct_copy|transpose",
     "attention": r"sdpa|fmha|flash_|flash::|attention|softmax",
-    "convolutions": r"fprop|dgrad|wgrad|implicit_gemm|implicit_convolve|winograd|conv(?!ert)|cudnn",
+    "convolutions": r"fprop|dgrad|wgrad|implicit_gemm|implicit_convolve|winograd|conv(?!ert)",
     "norms": r"norm|RowwiseMoments|ComputeInternalGradients|ComputeFusedParams|ComputeBackwardFusedParams|welford",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|matmul",
 }
