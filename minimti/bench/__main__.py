@@ -275,12 +275,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = check_writable(args.json) if args.json else None
     picture = check_writable(args.plot) if args.plot else None
     config, gpu = MODELS["svd"], torch.cuda.is_available()
-    if args.operators:
-        return count_operators(config, args.cases, path)
+    if picture and (args.operators or args.kernels or args.processes or args.only == "costs"):
+        raise InputError("--plot shows measured steps: it goes only with --only ratios, or without such an option")
     if not gpu and (args.kernels or picture):
         raise InputError(f"--{'kernels' if args.kernels else 'plot'} needs a GPU, and there is none here")
-    if picture and (args.kernels or args.processes or args.only == "costs"):
-        raise InputError("--plot shows measured steps: leave out --kernels, --processes and --only costs")
+    if args.operators:
+        return count_operators(config, args.cases, path)
     if not args.processes and not has_diffusers():
         raise InputError("diffusers, to compare with, is not installed: pip install -e '.[test]'")
 

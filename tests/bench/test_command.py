@@ -250,6 +250,8 @@ def test_counts_of_operators_are_printed_and_saved_in_their_own_form(tmp_path, m
         ("--plot", "p.png"),  # without a GPU
         ("--kernels",),  # the same
         ("--kernels", "--operators"),
+        ("--plot", "p.png", "--operators"),
+        ("--plot", "p.png", "--only", "costs"),
         ("--cases", "nothing"),
         ("--operators", "--cases", "decode"),
     ],
