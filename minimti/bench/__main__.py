@@ -1,122 +1,310 @@
-"""Compares the cost of training and sampling with diffusers, ours / diffusers:  python -m minimti.bench
+"""Speed and memory of training and sampling, beside diffusers:  python -m minimti.bench
 
-Costs follow from shapes alone: the official size in bf16. Times are measured on this machine with the same random
-weights: on a GPU the same steps, one library in memory after the other; on a CPU, which would need hours for those, the
-full-size UNet on a smaller clip, by turns. Where a step is called compiled, our UNet is; diffusers' never is.
+On a GPU: the steps at the official size with random weights, each library and form with nothing else in memory; then
+both by turns. On a CPU, which would need hours for those: the full-size UNet on a smaller clip, by turns. And costs at
+the official size, which follow from shapes alone. Every result is written to --json as soon as it is there.
 """
 
-import json
+import platform
+import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import minimti
 from minimti import cli
-from minimti.bench.cases import Case, cpu_cases, official_cases
-from minimti.bench.measure import CostPair, Timing, cell, clock, encoding_per_step, estimate, table
+from minimti.bench import operators, processes, profiling
+from minimti.bench.cases import LIBRARIES, Case, build, cpu_cases, inputs, official_cases, start, timed_cases
+from minimti.bench.measure import Ratio, alone, by_turns, encoding_per_step, estimate, free
+from minimti.bench.report import Item, NotMeasurable, Report, now, plot, work, write_json
 from minimti.config import MODELS, SVDConfig
 from minimti.hardware import bf16_speedup
 from minimti.invert import make_recipe
-from minimti.io.files import InputError, atomic_write, check_writable
+from minimti.io.files import InputError, check_writable
 
 EMULATED = 0.5  # a bf16_speedup below it means that the processor does not multiply in bf16 itself
+FITS = 0.9  # the share of a card's memory that two libraries by turns may take
 
-
-@dataclass
-class Report:
-    """What was found so far."""
-
-    hardware: str
-    versions: dict[str, str]
-    path: Path | None = None  # written by `save`
-    costs: dict[str, CostPair] = field(default_factory=dict)
-    timings: dict[str, Timing] = field(default_factory=dict)
-
-    def save(self) -> None:
-        """Writes everything as JSON to `path`, if there is one. Raises InputError where it cannot be written."""
-        if self.path is None:
-            return
-        costs = {name: asdict(a) | {"diffusers": b and asdict(b)} for name, (a, b) in self.costs.items()}
-        timings = {name: asdict(timing) for name, timing in self.timings.items()}
-        found = {"costs": costs, "ratios": timings, "hardware": self.hardware, "versions": self.versions}
-        with atomic_write(self.path) as part:
-            part.write_text(json.dumps(found, indent=2) + "\n")
-
-    def __str__(self) -> str:
-        versions = ", ".join(map(" ".join, self.versions.items()))
-        return f"ours / diffusers; {self.hardware}; {versions}\n{table(self.costs, self.timings)}"
+# Seconds that an item takes, from the runs on an H100 and on 2 CPU cores: for the order and the budget.
+RANKS = {"graph": 0, "eager": 0, "channels_last": 1, "by_turns": 2, "compiled": 3}
+BY_TURNS = ("denoise", "train_balanced", "train_fast", "encode", "decode")  # the precisions that are the defaults
+ALONE_S = {"graph": 10.0, "eager": 10.0, "channels_last": 10.0, "compiled": 80.0}
+DIFFUSERS_COMPILED_S = 150.0
+BY_TURNS_S = 25.0
+CPU_S = {"tiny_train_compiled": 90.0, "tiny_train": 15.0, "train": 150.0, "denoise": 130.0}
+COST_S = 15.0
+KERNELS_S = 20.0
+PROCESS_S = {"write": 40.0, "train_cold": 70.0, "sample_cold": 60.0, "train_warm": 50.0, "sample_warm": 45.0}
 
 
 def parse(argv: Sequence[str] | None):
     """The arguments; None stands for those of the process."""
     parser = cli.Parser(prog="python -m minimti.bench", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there, after every step")
-    parser.add_argument("--only", choices=("costs", "ratios"), help="from shapes, or measured (default: both)")
-    parser.add_argument("--repeats", type=cli.integer(1, 1000), default=5, help="runs to time (default: %(default)s)")
+    add = parser.add_argument
+    cases = (
+        "only these: names or shell patterns of a step (denoise, 'train_*') or of a line of the report"
+        " ('denoise/ours/*')"
+    )
+    add("--cases", nargs="+", metavar="NAME", help=cases)
+    budget = "stop after so long, the cheapest and most telling first; what is left out is listed"
+    add("--budget", type=cli.number(0, 1e6), metavar="SECONDS", help=budget)
+    add("--repeats", type=cli.integer(1, 1000), default=5, help="runs to time (default: %(default)s)")
+    add("--json", "--out", metavar="FILE", help="also write the numbers there, after every step")
+    add("--plot", metavar="FILE", help="also draw time against memory there, as a PNG (on a GPU)")
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--only", choices=("costs", "ratios"), help="from shapes, or measured (default: both)")
+    what("--operators", action="store_true", help="instead: operators, bytes and layouts of a step, from shapes alone")
+    what("--kernels", action="store_true", help="instead: GPU time of a step by kind of kernel")
+    what("--processes", action="store_true", help="instead: whole train.py and sample.py processes, cold and warm")
     return parser.parse_args(argv)
 
 
-def compare(
-    report: Report,
-    estimated: Mapping[str, Case],
-    timed: Mapping[str, Case],
-    device: str,
-    repeats: int,
-    clock: Callable[[Case, str, int, bool], Timing] = clock,
-) -> None:
-    """Estimates some cases, times others, and prints the report.
+# ---------------------------------------------------------------------------------------------- what to measure
 
-    Each result is saved before the next case begins. An error or an interrupt loses nothing that was found before it.
-    """
-    try:
-        for name, case in estimated.items():
-            print(f"estimating {name}", file=sys.stderr)
+
+def gpu_items(config: SVDConfig, repeats: int, device: str = "cuda") -> list[Item]:
+    """Every step in every form, the cheapest and most telling first: what needs a compiler comes last."""
+    found: list[tuple[int, Item]] = []
+    for name, case in timed_cases(config).items():
+        for library, forms in case.forms.items():
+            for form in forms:
+                rank, expected = RANKS[form], ALONE_S[form]
+                if (library, form) == ("diffusers", "compiled"):
+                    rank, expected = rank + 1, DIFFUSERS_COMPILED_S
+                found.append((rank, _alone_item(name, case, library, form, device, repeats, expected)))
+        if case.compared and name in BY_TURNS:
+            found.append((RANKS["by_turns"], _turns_item(name, case, device, repeats)))
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+
+def _alone_item(name: str, case: Case, library: str, form: str, device: str, repeats: int, expected_s: float) -> Item:
+    def measure(report: Report) -> None:
+        line = alone(name, case, library, form, device, repeats)
+        report.lines.append(line)
+        gib = "" if line.reserved_gib is None else f", {line.reserved_gib:.2f} GiB reserved"
+        _note(f"first {line.first_s:.1f} s, then {line.seconds:.3f} s{gib}")
+
+    return Item(f"{name}/{library}/{form}", expected_s, measure)
+
+
+def _turns_item(name: str, case: Case, device: str, repeats: int) -> Item:
+    """Our fastest form that was measured, beside diffusers as it comes; only where both fit into memory."""
+
+    def measure(report: Report) -> None:
+        ours = [line for line in report.find(name, "ours") if line.form != "compiled"]
+        theirs = [line for line in report.find(name, "diffusers") if line.form == "eager"]
+        if not (ours and theirs):
+            raise NotMeasurable("not both libraries were measured alone")
+        best = min(ours, key=lambda line: line.seconds)
+        needed = (best.reserved_gib or 0) + (theirs[0].reserved_gib or 0)
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else float("inf")
+        if needed > FITS * total:
+            raise NotMeasurable(f"both need {needed:.0f} GiB of {total:.0f} GiB at once")
+        _add_ratio(report, name, by_turns(case, best.form, device, repeats))
+
+    return Item(f"{name}/by_turns", BY_TURNS_S, measure)
+
+
+def cpu_items(config: SVDConfig, repeats: int, bf16: bool) -> list[Item]:
+    """Small steps of both libraries by turns, those of the tiny UNet first."""
+
+    def item(name: str, case: Case, form: str) -> Item:
+        expected = next(seconds for part, seconds in CPU_S.items() if name.startswith(part))
+        return Item(name, expected, lambda report: _add_ratio(report, name, by_turns(case, form, "cpu", repeats)))
+
+    items = [item(name, case, form) for name, (case, form) in cpu_cases(config, bf16).items()]
+    return sorted(items, key=lambda item: item.expected_s)
+
+
+def cost_items(config: SVDConfig) -> list[Item]:
+    """Costs from shapes."""
+
+    def item(name: str, case: Case) -> Item:
+        def measure(report: Report) -> None:
             report.costs[name] = estimate(case)
             if name == "encode":
-                share = encoding_per_step(report.costs[name][0], make_recipe(case.config), case.config.num_frames)
+                share = encoding_per_step(report.costs[name][0], make_recipe(config), config.num_frames)
                 report.costs["encode_per_step"] = share, None
-            report.save()
-        for name, case in timed.items():
-            if not case.step.repeatable:
-                continue
-            print(f"timing {name}", file=sys.stderr)
-            report.timings[name] = timing = clock(case, device, repeats, device == "cpu")
-            report.save()
-            print(f"  {cell([timing.ours_s, timing.diffusers_s], 3)} s", file=sys.stderr)
-    finally:
-        print(report)
+
+        return Item(f"{name}/costs", COST_S, measure)
+
+    return [item(name, case) for name, case in official_cases(config).items()]
+
+
+def kernel_items(config: SVDConfig, device: str = "cuda") -> list[Item]:
+    """GPU time of a denoising and of a training step, of ours as a graph and eager, and of diffusers."""
+    cases = timed_cases(config)
+
+    def item(name: str, library: str, form: str) -> Item:
+        def measure(report: Report) -> None:
+            free(device)
+            case = cases[name]
+            step = start(build(LIBRARIES[library], case, device), case, form, inputs(case, device))
+            step()
+            report.kernels[f"{name}/{library}/{form}"] = profiling.gpu_time(step)
+
+        return Item(f"{name}/{library}/{form}", KERNELS_S, measure)
+
+    forms = [("ours", "graph"), ("ours", "eager"), ("diffusers", "eager")]
+    return [item(name, *form) for form in forms for name in ("denoise", "train_balanced")]
+
+
+def process_items(programs: processes.Programs) -> list[Item]:
+    """Both programs, cold and then warm."""
+    runs: dict[str, Callable[[], dict[str, float]]] = {
+        "write": programs.write,
+        "train_cold": lambda: programs.train(cold=True),
+        "sample_cold": lambda: programs.sample(cold=True),
+        "train_warm": lambda: programs.train(cold=False),
+        "sample_warm": lambda: programs.sample(cold=False),
+    }
+
+    def item(name: str) -> Item:
+        def measure(report: Report) -> None:
+            report.processes[name] = runs[name]()
+            _note(", ".join(f"{what} {seconds:.3g}" for what, seconds in report.processes[name].items()))
+
+        return Item(name, PROCESS_S[name], measure)
+
+    return [item(name) for name in runs]
+
+
+def _add_ratio(report: Report, name: str, ratio: Ratio) -> None:
+    report.ratios[name] = ratio
+    if ratio.ratio is not None:
+        _note(f"{ratio.ours_s:.3f} / {ratio.diffusers_s:.3f} s, diffusers : ours {ratio.ratio:.2f}")
+
+
+def _note(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def chosen(items: Sequence[Item], patterns: Sequence[str] | None) -> list[Item]:
+    """The items whose name, or its part before the first slash, matches one of the shell patterns; None: all.
+
+    Raises InputError where a pattern matches none.
+    """
+    if patterns is None:
+        return list(items)
+
+    def matches(item: Item, pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in (item.name, item.name.partition("/")[0]))
+
+    for pattern in patterns:
+        if not any(matches(item, pattern) for item in items):
+            known = ", ".join(dict.fromkeys(item.name.partition("/")[0] for item in items))
+            raise InputError(f"--cases {pattern}: there is none of that name here; name some of {known}")
+    return [item for item in items if any(matches(item, pattern) for pattern in patterns)]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def hardware(gpu: bool) -> str:
+    """The name of the card, or what is known of the CPU."""
+    if gpu:
+        return torch.cuda.get_device_name()
+    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on, where it is installed."""
+    found = {"minimti": minimti.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def has_diffusers() -> bool:
+    """Whether diffusers, which only the extra `test` installs, is here."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def count_operators(config: SVDConfig, patterns: Sequence[str] | None, path: Path | None) -> None:
+    """Prints the counts of both libraries, of ours alone without diffusers, and writes ours as JSON."""
+    libraries = ["ours", "diffusers"] if has_diffusers() else ["ours"]
+    found: dict[str, dict[str, operators.Count]] = {library: {} for library in LIBRARIES}
+    cases = operators.counted_cases(config)
+    names = [item.name for item in chosen([Item(name, 0, lambda _: None) for name in cases], patterns)]
+    for name in names:
+        case, device = cases[name]
+        for library in libraries[: 1 + case.compared]:
+            found[library][name] = operators.count(case, device, library)
+        if path:
+            write_json(path, operators.as_json(found["ours"]))
+    print("ours / diffusers, one step; denoising on fake tensors of a GPU, training on those of a CPU")
+    print(operators.as_table(found["ours"], found["diffusers"]))
 
 
 def plan(
-    config: SVDConfig, only: str | None, bf16_speedup: Callable[[], float] = bf16_speedup
-) -> tuple[str, str, dict[str, Case], dict[str, Case]]:
-    """For a model's sizes: the device, its name, the cases to estimate and the cases to time on it."""
-    estimated = {} if only == "ratios" else official_cases(config)
-    if torch.cuda.is_available():
-        return "cuda", torch.cuda.get_device_name(), estimated, {} if only == "costs" else official_cases(config)
-    hardware = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
+    config: SVDConfig, only: str | None, repeats: int, bf16_speedup: Callable[[], float] = bf16_speedup
+) -> list[Item]:
+    """For a model's sizes: what to measure on this machine, in order."""
+    costs = [] if only == "ratios" else cost_items(config)
     if only == "costs":
-        return "cpu", hardware, estimated, {}
+        return costs
+    if torch.cuda.is_available():
+        return gpu_items(config, repeats) + costs
     bf16 = bf16_speedup() > EMULATED
     if not bf16:
         print("no times in bf16: this processor only emulates it", file=sys.stderr)
-    return "cpu", hardware, estimated, cpu_cases(config, bf16)
+    return costs + cpu_items(config, repeats, bf16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Raises InputError where diffusers is missing or the report cannot be written."""
-    args = parse(argv)
+    """The command; a failure of something that it measures ends it with 1, after all else.
+
+    Raises InputError where diffusers, a GPU or the programs are missing, or a file cannot be written.
+    """
+    args, began = parse(argv), now()
     path = check_writable(args.json) if args.json else None
-    try:
-        import diffusers
-    except ImportError as error:
-        raise InputError("diffusers, to compare with, is not installed: pip install -e '.[test]'") from error
-    versions = {"minimti": minimti.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
-    device, hardware, estimated, timed = plan(MODELS["svd"], args.only)
-    compare(Report(hardware, versions, path), estimated, timed, device, args.repeats)
+    picture = check_writable(args.plot) if args.plot else None
+    config, gpu = MODELS["svd"], torch.cuda.is_available()
+    if picture and (args.operators or args.kernels or args.processes or args.only == "costs"):
+        raise InputError("--plot shows measured steps: it goes only with --only ratios, or without such an option")
+    if not gpu and (args.kernels or picture):
+        raise InputError(f"--{'kernels' if args.kernels else 'plot'} needs a GPU, and there is none here")
+    if args.operators:
+        return count_operators(config, args.cases, path)
+    if not args.processes and not has_diffusers():
+        raise InputError("diffusers, to compare with, is not installed: pip install -e '.[test]'")
+
+    command = shlex.join(["python", "-m", "minimti.bench", *(sys.argv[1:] if argv is None else argv)])
+    report = Report(hardware(gpu), versions(), command, path)
+    with ExitStack() as stack:
+        if args.processes:
+            processes.find_programs()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            items = process_items(processes.Programs(folder, config, "cuda" if gpu else "cpu"))
+        elif args.kernels:
+            items = kernel_items(config)
+        else:
+            items = plan(config, args.only, args.repeats)
+        items = chosen(items, args.cases)
+        try:
+            left = None if args.budget is None else args.budget - (now() - began)
+            work(report, items, left, now)
+        finally:
+            print(report, flush=True)
+            if picture:
+                plot(report.lines, picture)
+    if report.failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

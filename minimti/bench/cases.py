@@ -1,8 +1,13 @@
-"""What is compared: the steps of training and sampling, and the sizes and precisions at which they run."""
+"""What is compared: the steps of training and sampling, the sizes and precisions at which they run, and their forms."""
 
+import importlib
+import inspect
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,65 +18,81 @@ from minimti.checkpoint.load import fill as fill_module
 from minimti.checkpoint.load import memory_format
 from minimti.config import NUM_TOKENS, SVDConfig
 from minimti.networks.recompute import set_mode
+from minimti.pipeline import compile_unet
 from minimti.svd import GUIDANCE, SVD, Conditioning
 
-BF16, FP32 = torch.bfloat16, torch.float32
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 Model = SVD | Diffusers
 Library = type[SVD] | type[Diffusers]
+LIBRARIES: dict[str, Library] = {"ours": SVD, "diffusers": Diffusers}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A computation that both libraries can do, with what it needs."""
+    """A computation that both libraries can do, with what it needs.
 
-    run: Callable[..., Tensor]  # run(model, *inputs)
+    `prepare(model, *inputs)` does what happens once per clip or sample and returns the step itself: a function without
+    arguments that a CUDA graph can record. Its inputs stay where they are, and nothing in it comes from the CPU.
+    """
+
+    prepare: Callable[..., Callable[[], Tensor]]
     networks: tuple[str, ...]  # those that it uses
     inputs: tuple[str, ...]  # names in `inputs`
     repeatable: bool = True  # False: it releases networks, so it is not timed
 
+    def run(self, model: "Model", *inputs: Tensor) -> Tensor:
+        """Both parts, once."""
+        return self.prepare(model, *inputs)()
 
-def train(svd: Model, x0: Tensor, image: Tensor, tokens: Tensor) -> Tensor:
+
+def train(svd: Model, x0: Tensor, image: Tensor, tokens: Tensor) -> Callable[[], Tensor]:
     """The gradient of the loss with respect to tokens [1, N, d]; x0 [1, F, z, h, w], image latent [1, 1, z, h, w]."""
     tokens = tokens.detach().requires_grad_()
-    network = svd.network(_conditioning(svd.config, image, tokens))
-    loss = edm.loss(network, x0, x0.new_ones(1), torch.randn_like(x0))
-    loss.backward()
-    assert tokens.grad is not None
-    return tokens.grad
+    fixed = _conditioning(svd.config, image, tokens.detach())
+    sigma, n = x0.new_ones(1), torch.randn_like(x0)
+
+    def step() -> Tensor:
+        network = svd.network(replace(fixed, spatial=_per_frame(svd.config, tokens), temporal=tokens))
+        # Scaled as in invert.loss_and_gradient, for half precision.
+        (gradient,) = torch.autograd.grad(edm.loss(network, x0, sigma, n) * x0.numel(), tokens)
+        return gradient / x0.numel()
+
+    return step
 
 
 @torch.no_grad()
-def denoise(svd: Model, x: Tensor, image: Tensor, tokens: Tensor) -> Tensor:
+def denoise(svd: Model, x: Tensor, image: Tensor, tokens: Tensor) -> Callable[[], Tensor]:
     """D(x; sigma = 1) with guidance, [1, F, z, h, w]; inputs as in `train`."""
-    return svd.denoiser(_conditioning(svd.config, image, tokens), GUIDANCE)(x, x.new_ones(1))
+    D, sigma = svd.denoiser(_conditioning(svd.config, image, tokens), GUIDANCE), x.new_ones(1)
+    return torch.no_grad()(lambda: D(x, sigma))
 
 
-@torch.no_grad()
-def encode(svd: Model, clip: Tensor) -> Tensor:
+def encode(svd: Model, clip: Tensor) -> Callable[[], Tensor]:
     """A clip [1, F, 3, H, W] in [-1,1] -> scaled latents [1, F, z, h, w]."""
-    return svd.encode(clip)
+    return torch.no_grad()(lambda: svd.encode(clip))
 
 
-@torch.no_grad()
-def decode(svd: Model, latents: Tensor) -> Tensor:
+def decode(svd: Model, latents: Tensor) -> Callable[[], Tensor]:
     """Scaled latents [1, F, z, h, w] -> a clip [1, F, 3, H, W]."""
-    return svd.decode(latents)
+    return torch.no_grad()(lambda: svd.decode(latents))
 
 
-@torch.no_grad()
-def sample(svd: SVD, pixels: Tensor, tokens: Tensor) -> Tensor:
+def sample(svd: SVD, pixels: Tensor, tokens: Tensor) -> Callable[[], Tensor]:
     """What sample.py does after loading, with a single step of its solver, one network after the other.
 
     pixels [1, 3, H, W] in [-1,1], tokens [1, N, d] -> a clip [1, F, 3, H, W].
     """
-    config = svd.config
-    svd.release("image_encoder")
-    spatial = tokens[:, None].expand(-1, config.num_frames, -1, -1)  # [1, F, N, d]
-    cond = svd.prepare(pixels, (spatial, tokens), config.micro, torch.Generator())
-    x = next(svd.sample(cond, torch.randn_like(cond.concat), 1, GUIDANCE))
-    svd.release("unet")
-    return svd.decode(x)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        svd.release("image_encoder")
+        cond = svd.prepare(pixels, (_per_frame(svd.config, tokens), tokens), svd.config.micro, torch.Generator())
+        x = next(svd.sample(cond, torch.randn_like(cond.concat), 1, GUIDANCE))
+        svd.release("unet")
+        return svd.decode(x)
+
+    return step
 
 
 TRAIN = Step(train, ("unet",), ("clip_latents", "image_latent", "tokens"))
@@ -92,7 +113,14 @@ class Case:
     mode: str | None = None  # our recomputation (networks.recompute)
     checkpointing: bool = False  # diffusers' recomputation
     compared: bool = True  # False: diffusers is not built at all
-    compiled: bool = False  # our UNet is compiled before it is timed
+
+    @property
+    def forms(self) -> dict[str, tuple[str, ...]]:
+        """The forms in which a GPU runs the step, by library, the cheapest first; see `start`."""
+        unet = self.step.networks == ("unet",)
+        ours = ("graph", "eager", "compiled") if unet else ("eager",)
+        theirs = ("eager", "channels_last", "compiled") if unet else ("eager", "channels_last")
+        return {"ours": ours} | ({"diffusers": theirs} if self.compared else {})
 
 
 def official_cases(config: SVDConfig) -> dict[str, Case]:
@@ -109,20 +137,33 @@ def official_cases(config: SVDConfig) -> dict[str, Case]:
     }
 
 
-def cpu_cases(config: SVDConfig, bf16: bool) -> dict[str, Case]:
-    """Steps that a CPU finishes in seconds: the UNet on latents of 16x16, and a tiny UNet on latents of 8x8.
+def timed_cases(config: SVDConfig) -> dict[str, Case]:
+    """The cases that a GPU times, the most telling first: those of `official_cases` that repeat, and fp16."""
+    cases = official_cases(config)
+    cases["denoise_fp16"] = replace(cases["denoise"], dtype=FP16)
+    cases["decode_fp16"] = replace(cases["decode"], vae_dtype=FP16)
+    names = "denoise train_balanced train_fast train_low encode decode denoise_fp16 decode_fp16 decode_bf16"
+    return {name: cases[name] for name in names.split()}
 
-    `bf16` adds the same steps in bf16, for a processor that multiplies in it.
+
+def cpu_cases(config: SVDConfig, bf16: bool) -> dict[str, tuple[Case, str]]:
+    """Steps that a CPU finishes in seconds, each with our form of it.
+
+    The UNet on latents of 16x16, and a tiny UNet on latents of 8x8. `bf16` adds the same steps in bf16, for a processor
+    that multiplies in it.
     """
     unet = replace(config.unet, model_channels=64, channel_mult=(1, 2), attention_resolutions=(2, 1))
     tiny, config = replace(config, size=(64, 64), unet=unet), replace(config, size=(128, 128))
     cases = {}
     for name, dtype in [("fp32", FP32), ("bf16", BF16)][: 1 + bf16]:
-        cases[f"tiny_train_{name}"] = Case(TRAIN, tiny, dtype)
-        cases[f"tiny_train_compiled_{name}"] = Case(TRAIN, tiny, dtype, compiled=True)
-        cases[f"train_{name}"] = Case(TRAIN, config, dtype)
-        cases[f"denoise_{name}"] = Case(DENOISE, config, dtype)
+        cases[f"tiny_train_{name}"] = Case(TRAIN, tiny, dtype), "eager"
+        cases[f"tiny_train_compiled_{name}"] = Case(TRAIN, tiny, dtype), "compiled"
+        cases[f"train_{name}"] = Case(TRAIN, config, dtype), "eager"
+        cases[f"denoise_{name}"] = Case(DENOISE, config, dtype), "eager"
     return cases
+
+
+# ---------------------------------------------------------------------------------------------- models
 
 
 def skeleton(library: Library, case: Case) -> Model:
@@ -133,23 +174,38 @@ def skeleton(library: Library, case: Case) -> Model:
         if name not in case.step.networks:
             model.release(name)
     if isinstance(model, SVD):
-        set_mode(model, case.mode)
+        configure(model, case.mode)
     return model.requires_grad_(False).eval()
 
 
-def fill(model: Model, case: Case, device: str) -> Model:
-    """Gives a skeleton random weights under which activations neither vanish nor explode, and returns it.
+def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, device: str) -> Tensor:
+    """A weight that follows from its name: activations neither vanish nor explode under such weights."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    tensor = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    return tensor.div_(shape[1:].numel() ** 0.5)
 
-    They follow from the tensors' names, which are the same in both libraries. Ours have the memory format in which
-    minimti loads them, those of diffusers the default.
+
+def empty_weight(name: str, shape: torch.Size, dtype: torch.dtype, device: str) -> Tensor:
+    """A weight without values, for fake tensors: a generator needs the device to be there."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def fill(
+    model: Model,
+    case: Case,
+    device: str,
+    weight: Callable[[str, torch.Size, torch.dtype, str], Tensor] = random_weight,
+) -> Model:
+    """Gives a skeleton weights by name, shape, precision and device, and returns it.
+
+    The names are the same in both libraries. Ours have the memory format in which minimti loads them, those of
+    diffusers the default.
     """
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, old in model.named_parameters():
             dtype = case.vae_dtype if name.startswith("vae.") else case.dtype
-            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-            tensor = torch.randn(old.shape, dtype=dtype, device=device, generator=generator)
-            tensor /= old.shape[1:].numel() ** 0.5
+            tensor = weight(name, old.shape, dtype, device)
             yield name, tensor.to(memory_format=memory_format(tensor)) if isinstance(model, SVD) else tensor
 
     fill_module(model, tensors())
@@ -177,11 +233,78 @@ def inputs(case: Case, device: str) -> list[Tensor]:
     return [torch.randn(shapes[name], device=device) for name in case.step.inputs]
 
 
+def start(model: Model, case: Case, form: str, tensors: list[Tensor]) -> Callable[[], Tensor]:
+    """The step of a case on its inputs, in a form.
+
+    eager          as the library comes
+    graph          ours, recorded once as a CUDA graph and replayed
+    compiled       ours: by `--compile`; diffusers: channels_last, and its repeated blocks compiled
+    channels_last  diffusers, with the weights of its 2D convolutions in this format, as its documentation advises
+
+    Raises ValueError for a form that the library does not have.
+    """
+    if isinstance(model, Diffusers) and form in ("channels_last", "compiled"):
+        model.speed_up(compiled=form == "compiled")
+    elif isinstance(model, SVD) and form == "compiled":
+        compile_ours(model)
+    elif form != "eager" and (form, type(model)) != ("graph", SVD):
+        raise ValueError(f"{type(model).__name__} has no form {form!r}")
+    step = case.step.prepare(model, *tensors)
+    return graphed(step) if form == "graph" else step
+
+
+def graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A CUDA graph of a step, which is recorded here after two warm-up runs; a call replays it.
+
+    Every call returns the same tensor, with new values. Raises RuntimeError where the step cannot be recorded.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the recording has memory of its own, and takes nothing from what the warm-up left
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def configure(svd: SVD, mode: str | None) -> None:
+    """Sets what the steps of our model keep in memory: a mode of networks.recompute, or None."""
+    set_mode(svd, mode)
+
+
+def compile_ours(svd: SVD) -> None:
+    """What `--compile` does, whether it takes the model or its UNet."""
+    compiler: Callable[[Any], None] = compile_unet
+    compiler(svd if "svd" in inspect.signature(compiler).parameters else svd.unet)
+
+
+def fused_everywhere() -> AbstractContextManager[None]:
+    """Within the block our fused operators are used on every device, where there are any."""
+    if find_spec("minimti.networks.fused") is None:
+        return nullcontext()
+    return importlib.import_module("minimti.networks.fused").forced(True)
+
+
 def _conditioning(config: SVDConfig, image: Tensor, tokens: Tensor) -> Conditioning:
     """One image latent [1, 1, z, h, w] for every frame, and the same tokens [1, N, d] in every set."""
     return Conditioning(
         concat=image.expand(-1, config.num_frames, -1, -1, -1),  # [1, F, z, h, w]
         micro=image.new_tensor([astuple(config.micro)]),  # [1, 3]
-        spatial=tokens[:, None].expand(-1, config.num_frames, -1, -1),  # [1, F, N, d]
+        spatial=_per_frame(config, tokens),
         temporal=tokens,
     )
+
+
+def _per_frame(config: SVDConfig, tokens: Tensor) -> Tensor:
+    """[1, N, d] -> [1, F, N, d]."""
+    return tokens[:, None].expand(-1, config.num_frames, -1, -1)

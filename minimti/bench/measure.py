@@ -1,25 +1,25 @@
-"""Measures a case: its cost from shapes, its seconds and peak memory on this machine; and prints both as a table."""
+"""Measures a case: its cost from shapes, its seconds and its memory on this machine."""
 
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimti.bench.cases import Case, Library, Model, build, fill, inputs, skeleton
+from minimti.bench.cases import LIBRARIES, Case, Library, Model, build, fill, inputs, skeleton, start
 from minimti.bench.cost import Cost, estimate_cost
 from minimti.bench.reference import Diffusers
 from minimti.invert import Recipe
-from minimti.pipeline import compile_unet
 from minimti.svd import SVD
 
 CostPair = tuple[Cost, Cost | None]  # ours, diffusers' (None where the case does without)
+Build = Callable[[Library, Case, str], Model]
+
+# ---------------------------------------------------------------------------------------------- costs
 
 
 def estimate(case: Case) -> CostPair:
@@ -41,124 +41,107 @@ def encoding_per_step(encode: Cost, recipe: Recipe, num_frames: int) -> Cost:
     return replace(encode, tflop=encode.tflop * share, traffic_tb=encode.traffic_tb * share)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Medians over the runs. None where a library was left out or ran out of memory; peaks are None but on CUDA."""
+# ---------------------------------------------------------------------------------------------- one library alone
 
-    ours_s: float | None
+
+@dataclass(frozen=True)
+class Line:
+    """A step of one library in one form, with nothing else in memory."""
+
+    case: str
+    library: str  # a key of LIBRARIES
+    form: str  # see cases.start
+    first_s: float  # until the first result: kernels are chosen, the step is compiled or recorded
+    seconds: float  # median over the runs after two more for warm-up
+    min_s: float
+    max_s: float
+    allocated_gib: float | None  # peak from the first run on: weights, inputs, activations; None but on CUDA
+    reserved_gib: float | None  # the same, of what PyTorch took from the card: what other programs cannot have
+
+
+def alone(name: str, case: Case, library: str, form: str, device: str, repeats: int, build: Build = build) -> Line:
+    """Measures a case under the name that it has in the report; `build` makes the model."""
+    free(device)
+    model = build(LIBRARIES[library], case, device)
+    tensors = inputs(case, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    step = start(model, case, form, tensors)
+    step()
+    synchronize(device)
+    first = time.perf_counter() - began
+    for _ in range(2):
+        step()
+    seconds = [timed(step, device) for _ in range(repeats)]
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device == "cuda" else ()
+    allocated, reserved = (peak / 2**30 for peak in peaks) if peaks else (None, None)
+    return Line(name, library, form, first, statistics.median(seconds), min(seconds), max(seconds), allocated, reserved)
+
+
+def timed(step: Callable[[], Tensor], device: str) -> float:
+    """Seconds of one call, from an idle device to an idle device."""
+    synchronize(device)
+    began = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has nothing to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: str) -> None:
+    """Gives back the memory of models that nothing refers to any more."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch.compiler.reset()  # compiled code refers to the weights
+    gc.collect()  # a compiled module is part of a reference cycle
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------- both by turns
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Both libraries by turns."""
+
+    form: str  # ours; diffusers runs as it comes
+    ours_s: float | None  # median over the runs; None where a library was left out
     diffusers_s: float | None
-    ours_gib: float | None  # peak of allocated memory: weights, inputs, activations
-    diffusers_gib: float | None
-    ratio: float | None  # diffusers : ours in seconds, above 1 where ours is faster; the median of the runs' ratios
+    ratio: float | None  # diffusers : ours in seconds, above 1 where ours is faster; the median of the rounds' ratios
     ratio_min: float | None
     ratio_max: float | None
 
 
-class Run(NamedTuple):
-    """One run of a step."""
+def by_turns(case: Case, form: str, device: str, repeats: int, build: Build = build) -> Ratio:
+    """Times our form of a case and diffusers' eager one, both in memory, after a run of each for warm-up.
 
-    seconds: float
-    gib: float | None  # peak of allocated memory, on CUDA
-
-
-def clock(
-    case: Case,
-    device: str,
-    repeats: int,
-    by_turns: bool,
-    build: Callable[[Library, Case, str], Model] = build,
-) -> Timing:
-    """Times `repeats` runs of either library, after one run that compiles, chooses kernels and allocates.
-
-    by_turns  True: both models are in memory and run by turns, so that other work on the machine slows both alike.
-              False: one model is built, timed and freed before the other is built, so that peaks are of one alone.
-              The ratios then pair the i-th runs.
-    build     makes the model of a library
+    Other work on the machine slows both alike.
     """
-    libraries: list[Library] = [SVD, Diffusers] if case.compared else [SVD]
-    runs: dict[Library, list[Run]] = {}
-    if by_turns:
-        runs = _runs(libraries, case, device, repeats, build)
-    else:
-        for library in libraries:
-            runs |= _runs([library], case, device, repeats, build)
-            gc.collect()  # a compiled module is part of a reference cycle
-            torch.cuda.empty_cache()
-    return summarise(runs.get(SVD, []), runs.get(Diffusers, []))
+    free(device)
+    tensors, steps = inputs(case, device), {}
+    for library in ("ours", "diffusers")[: 1 + case.compared]:
+        model = build(LIBRARIES[library], case, device)
+        steps[library] = start(model, case, form if library == "ours" else "eager", tensors)
+        steps[library]()
+    rounds = [{library: timed(step, device) for library, step in steps.items()} for _ in range(repeats)]
+    return summarise(form, *([seconds[library] for seconds in rounds if library in seconds] for library in LIBRARIES))
 
 
-def _runs(
-    libraries: Sequence[Library], case: Case, device: str, repeats: int, build: Callable[[Library, Case, str], Model]
-) -> dict[Library, list[Run]]:
-    """The runs of some libraries by turns, without a library that is out of memory."""
-    tensors = inputs(case, device)
-    steps: dict[Library, Callable[[], Tensor]] = {}
-    for library in libraries:
-        try:
-            model = build(library, case, device)
-            if case.compiled and isinstance(model, SVD):
-                compile_unet(model.unet)
-            step = partial(case.step.run, model, *tensors)
-            step()
-            steps[library] = step
-        except torch.OutOfMemoryError:
-            print(f"  {library.__name__}: not enough memory", file=sys.stderr)
-    rounds = [{library: _run(step, device) for library, step in steps.items()} for _ in range(repeats)]
-    return {library: [results[library] for results in rounds] for library in steps}
-
-
-def _run(step: Callable[[], Tensor], device: str) -> Run:
-    if device == "cpu":
-        began = time.perf_counter()
-        step()
-        return Run(time.perf_counter() - began, None)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return Run(start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**30)  # from ms
-
-
-def summarise(ours: Sequence[Run], theirs: Sequence[Run]) -> Timing:
-    """The timing of a case from the runs of either library; none where a library was not timed."""
-    ratios = [b.seconds / a.seconds for a, b in zip(ours, theirs)]
-    return Timing(
-        ours_s=statistics.median(run.seconds for run in ours) if ours else None,
-        diffusers_s=statistics.median(run.seconds for run in theirs) if theirs else None,
-        ours_gib=max((run.gib for run in ours if run.gib is not None), default=None),
-        diffusers_gib=max((run.gib for run in theirs if run.gib is not None), default=None),
+def summarise(form: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """The ratio from the seconds of either library; None where a library was not timed."""
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    return Ratio(
+        form=form,
+        ours_s=statistics.median(ours) if ours else None,
+        diffusers_s=statistics.median(theirs) if theirs else None,
         ratio=statistics.median(ratios) if ratios else None,
         ratio_min=min(ratios, default=None),
         ratio_max=max(ratios, default=None),
     )
-
-
-def table(costs: Mapping[str, CostPair], timings: Mapping[str, Timing]) -> str:
-    """Markdown with aligned columns, ours / diffusers; a column in which nothing was measured is left out."""
-    rows = [["step", "peak GiB", "TFLOP", "TB moved", "A100 s, at least", "s here", "GiB here", "diffusers : ours"]]
-    for name in {**costs, **timings}:
-        row = [name]
-        pair = costs.get(name, ())
-        for field, digits in (("peak_gib", 2), ("tflop", 2), ("traffic_tb", 3), ("roofline_s", 3)):
-            row.append(cell([getattr(cost, field, None) for cost in pair], digits))
-        timing = timings.get(name)
-        row.append(cell([timing.ours_s, timing.diffusers_s], 3) if timing else "-")
-        row.append(cell([timing.ours_gib, timing.diffusers_gib], 2) if timing else "-")
-        has_ratio = timing is not None and timing.ratio is not None
-        row.append("{ratio:.2f} ({ratio_min:.2f}..{ratio_max:.2f})".format(**vars(timing)) if has_ratio else "-")
-        rows.append(row)
-    columns = [column for column in zip(*rows) if set(column[1:]) != {"-"}]
-    widths = [max(map(len, column)) for column in columns]
-    lines = list(zip(*columns))
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
-
-
-def cell(values: Sequence[float | None], digits: int) -> str:
-    """The numbers of one cell of the table, joined by slashes; "-" for None and for a cell without numbers."""
-    if all(value is None for value in values):
-        return "-"
-    return " / ".join("-" if value is None else f"{value:.{digits}f}" for value in values)

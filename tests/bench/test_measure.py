@@ -1,34 +1,49 @@
-"""The cases of the benchmark and their measurement, at toy sizes."""
+"""The cases of the benchmark, their forms and their measurement, at toy sizes."""
 
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from official import SMALL
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from toy import TOY
 
-from minimti.bench.cases import DECODE, DENOISE, ENCODE, SAMPLE, TRAIN, Case, Step, build, cpu_cases, inputs
+from minimti.bench import cases as cases_module
+from minimti.bench.cases import (
+    DECODE,
+    DENOISE,
+    ENCODE,
+    SAMPLE,
+    TRAIN,
+    Case,
+    Step,
+    build,
+    cpu_cases,
+    inputs,
+    start,
+    timed_cases,
+)
 from minimti.bench.cost import Cost
-from minimti.bench.measure import Run, clock, encoding_per_step, estimate, summarise, table
-from minimti.bench.reference import Diffusers
+from minimti.bench.measure import alone, by_turns, encoding_per_step, estimate, summarise
+from minimti.bench.reference import REPEATED_BLOCKS, Diffusers
 from minimti.invert import make_recipe
 from minimti.networks.recompute import Checkpointed
-from minimti.networks.unet import UNet
 from minimti.svd import SVD
 
 pytest.importorskip("diffusers")
 
-UNET = replace(SMALL.unet, channel_mult=(1,), attention_resolutions=(1,), num_res_blocks=1)
-TOY = replace(SMALL, num_frames=2, size=(32, 16), unet=UNET, vae=replace(SMALL.vae, ch_mult=(1, 2), num_res_blocks=1))
 CASE = Case(TRAIN, TOY, torch.float32)
+STEPS = pytest.mark.parametrize("step", [TRAIN, DENOISE, ENCODE, DECODE], ids=lambda step: step.prepare.__name__)
 
 
 # ---------------------------------------------------------------------------------------------- cases
 
 
-@pytest.mark.parametrize("step", [TRAIN, DENOISE, ENCODE, DECODE], ids=lambda step: step.run.__name__)
+@STEPS
 def test_both_libraries_compute_the_same(step):
     """Up to another epsilon in diffusers' norms."""
     unet = replace(SMALL.unet, channel_mult=(1, 2, 2), attention_resolutions=(2, 1))
@@ -45,7 +60,21 @@ def test_both_libraries_compute_the_same(step):
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
-@pytest.mark.parametrize("step", [TRAIN, DECODE, SAMPLE], ids=lambda step: step.run.__name__)
+@STEPS
+def test_a_step_can_be_repeated_and_takes_nothing_from_the_cpu(step, monkeypatch):
+    """A CUDA graph records it: a copy from the CPU or a look at a value would break the recording."""
+    case = Case(step, TOY, torch.float32)
+    run = start(build(SVD, case, "cpu"), case, "eager", inputs(case, "cpu"))
+    for name in ("tensor", "linspace", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, name=name, **__: pytest.fail(f"torch.{name} in the step"))
+    for name in ("new_tensor", "item", "tolist", "cpu", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name, **__: pytest.fail(f"Tensor.{name} in the step"))
+    first, second = run(), run()
+    monkeypatch.undo()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("step", [TRAIN, DECODE, SAMPLE], ids=lambda step: step.prepare.__name__)
 def test_a_model_holds_only_the_networks_that_its_step_uses(step):
     case = replace(CASE, step=step, dtype=torch.bfloat16)
     ours = {name.partition(".")[0]: weight.dtype for name, weight in build(SVD, case, "cpu").named_parameters()}
@@ -73,7 +102,97 @@ def test_bf16_adds_the_same_steps():
     fp32 = ["tiny_train_fp32", "tiny_train_compiled_fp32", "train_fp32", "denoise_fp32"]
     assert list(cpu_cases(SMALL, bf16=False)) == fp32
     assert list(cpu_cases(SMALL, bf16=True)) == fp32 + [name.replace("fp32", "bf16") for name in fp32]
-    assert cpu_cases(SMALL, bf16=True)["train_bf16"].dtype == torch.bfloat16
+    assert cpu_cases(SMALL, bf16=True)["train_bf16"][0].dtype == torch.bfloat16
+
+
+def test_a_gpu_times_every_mode_and_fp16_but_no_step_that_releases_networks():
+    cases = timed_cases(TOY)
+    assert {"train_fast", "train_balanced", "train_low", "denoise", "encode", "decode"} <= cases.keys()
+    assert all(case.step.repeatable for case in cases.values())
+    assert cases["denoise_fp16"].dtype == cases["decode_fp16"].vae_dtype == torch.float16
+
+
+# ---------------------------------------------------------------------------------------------- forms
+
+
+def test_forms_of_a_step():
+    train = timed_cases(TOY)["train_fast"].forms
+    assert train == {"ours": ("graph", "eager", "compiled"), "diffusers": ("eager", "channels_last", "compiled")}
+    assert timed_cases(TOY)["train_low"].forms.keys() == {"ours"}
+    assert timed_cases(TOY)["decode"].forms == {"ours": ("eager",), "diffusers": ("eager", "channels_last")}
+
+
+@pytest.mark.parametrize("form", ["eager", "channels_last", "compiled"])
+def test_diffusers_as_it_comes_and_as_it_advises(form, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append((type(module), options)))
+    model = build(Diffusers, CASE, "cpu")
+    before = CASE.step.prepare(model, *inputs(CASE, "cpu"))().shape
+    assert start(model, CASE, form, inputs(CASE, "cpu"))().shape == before
+    flat = [weight for weight in model.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+    assert flat and all(w.is_contiguous(memory_format=torch.channels_last) == (form != "eager") for w in flat)
+    if form == "compiled":
+        assert {kind.__name__ for kind, _ in compiled} == set(REPEATED_BLOCKS)
+        assert all(options == {"fullgraph": True} for _, options in compiled)
+    else:
+        assert not compiled
+
+
+def test_ours_is_compiled_as_the_programs_compile_it(monkeypatch):
+    """Whether `compile_unet` takes the UNet or the whole model."""
+    taken = []
+
+    def of_unet(unet):
+        taken.append(unet)
+
+    def of_model(svd):
+        taken.append(svd)
+
+    model = build(SVD, CASE, "cpu")
+    for compile_unet in (of_unet, of_model):
+        monkeypatch.setattr(cases_module, "compile_unet", compile_unet)
+        start(model, CASE, "eager", inputs(CASE, "cpu"))
+        start(model, CASE, "compiled", inputs(CASE, "cpu"))
+    assert taken == [model.unet, model]
+
+
+@pytest.mark.parametrize("library, form", [(SVD, "channels_last"), (Diffusers, "graph"), (SVD, "fast")])
+def test_a_form_that_a_library_does_not_have(library, form):
+    with pytest.raises(ValueError, match=f"{library.__name__} has no form '{form}'"):
+        start(build(library, CASE, "cpu"), CASE, form, inputs(CASE, "cpu"))
+
+
+def test_a_graph_is_recorded_after_two_runs_on_a_side_stream_and_then_replayed(monkeypatch):
+    """The order of calls, on a stand-in for a GPU."""
+    calls = []
+
+    @contextmanager
+    def block(name):
+        calls.append(f"{name} begins")
+        yield
+        calls.append(f"{name} ends")
+
+    def stream():
+        return SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: block("side"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: block("record"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    result = torch.ones(1)
+
+    def step():
+        calls.append("step")
+        return result
+
+    run = start(build(SVD, CASE, "cpu"), replace(CASE, step=Step(lambda _: step, (), ())), "graph", [])
+    warm_up = ["wait", "side begins", "step", "step", "side ends", "wait", "synchronize", "empty_cache"]
+    assert calls == [*warm_up, "record begins", "step", "record ends"]
+    assert run() is result and run() is result
+    assert calls[-2:] == ["replay", "replay"] and calls.count("step") == 3
 
 
 # ---------------------------------------------------------------------------------------------- costs
@@ -87,10 +206,11 @@ def test_flops_are_those_of_torch():
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    ours = build(SVD, CASE, "cpu")
+    case = replace(CASE, dtype=torch.bfloat16)  # in fp32 a module takes the tokens themselves, a leaf: torch refuses
+    ours = build(SVD, case, "cpu")
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        CASE.step.run(ours, *inputs(CASE, "cpu"))
-    cost, nothing = estimate(replace(CASE, compared=False))
+        case.step.run(ours, *inputs(case, "cpu"))
+    cost, nothing = estimate(replace(case, compared=False))
     assert cost.tflop * 1e12 == counter.get_total_flops() > 0
     assert nothing is None
 
@@ -106,76 +226,63 @@ def test_encoding_is_shared_by_the_steps_of_a_recipe():
 # ---------------------------------------------------------------------------------------------- times
 
 
-@pytest.mark.parametrize("by_turns", [False, True])
-def test_only_runs_by_turns_hold_both_libraries_at_once(by_turns):
-    models = []  # weak references, in the order in which the models were built
-    built = []  # libraries, each with those in memory before it
-    runs = []
+class Watched:
+    """Builds models, and notes what runs and what is in memory when a model is built."""
 
-    def watched(library, case, device):
-        built.append((library, [type(model()) for model in models if model() is not None]))
+    def __init__(self):
+        self.models, self.built, self.runs = [], [], []
+        self.case = replace(CASE, step=Step(lambda model: lambda: self.runs.append(type(model)), (), ()))
+
+    def __call__(self, library, case, device):
+        self.built.append((library, [type(model()) for model in self.models if model() is not None]))
         model = build(library, case, device)
         model.call = model.__call__  # a reference cycle, as torch.compile makes one
-        models.append(weakref.ref(model))
+        self.models.append(weakref.ref(model))
         return model
 
-    step = Step(lambda model: runs.append(type(model)), networks=(), inputs=())
-    timing = clock(replace(CASE, step=step), "cpu", repeats=2, by_turns=by_turns, build=watched)
-    assert built == [(SVD, []), (Diffusers, [SVD] if by_turns else [])]
-    warm_up = [SVD, Diffusers]
-    assert runs == (warm_up + [SVD, Diffusers] * 2 if by_turns else [SVD] * 3 + [Diffusers] * 3)
-    assert timing.ours_s > 0 and timing.diffusers_s > 0 and timing.ours_gib is None
+
+def test_a_line_is_measured_with_one_library_in_memory():
+    build = Watched()
+    lines = [alone("train", build.case, library, "eager", "cpu", 2, build) for library in ("ours", "diffusers")]
+    assert build.built == [(SVD, []), (Diffusers, [])]
+    assert build.runs == [SVD] * 5 + [Diffusers] * 5  # the first, two for warm-up, two that are timed
+    for line, library in zip(lines, ("ours", "diffusers")):
+        assert (line.case, line.library, line.form) == ("train", library, "eager")
+        assert 0 < line.min_s <= line.seconds <= line.max_s and line.first_s > 0
+        assert line.allocated_gib is None and line.reserved_gib is None
+
+
+def test_on_a_gpu_a_line_has_the_peaks_from_the_first_run_on(monkeypatch):
+    calls = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 5 * 2**30)
+    monkeypatch.setattr("minimti.bench.measure.inputs", lambda *_: [])
+    step = Step(lambda _: lambda: calls.append("step"), (), ())
+    line = alone("train", replace(CASE, step=step), "ours", "eager", "cuda", 1, lambda *_: build(SVD, CASE, "cpu"))
+    assert (line.allocated_gib, line.reserved_gib) == (3, 5)
+    assert calls.index("reset_peak_memory_stats") < calls.index("step")
+    assert calls.count("reset_peak_memory_stats") == 1
+    assert calls[-3:] == ["synchronize", "step", "synchronize"]
+
+
+def test_by_turns_both_libraries_are_in_memory():
+    build = Watched()
+    ratio = by_turns(build.case, "eager", "cpu", repeats=2, build=build)
+    assert build.built == [(SVD, []), (Diffusers, [SVD])]
+    assert build.runs == [SVD, Diffusers] * 3  # the first round is the warm-up
+    assert ratio.ours_s > 0 and ratio.diffusers_s > 0 and ratio.form == "eager"
 
 
 def test_a_library_that_is_left_out_is_not_built():
-    built = []
-
-    def watched(library, case, device):
-        built.append(library)
-        return build(library, case, device)
-
-    timing = clock(replace(CASE, mode="low", compared=False), "cpu", repeats=1, by_turns=False, build=watched)
-    assert built == [SVD]
-    assert timing.ours_s > 0 and timing.diffusers_s is None and timing.ratio is None
+    build = Watched()
+    ratio = by_turns(replace(build.case, compared=False), "eager", "cpu", repeats=1, build=build)
+    assert build.built == [(SVD, [])]
+    assert ratio.ours_s > 0 and ratio.diffusers_s is None and ratio.ratio is None
 
 
-def test_the_other_library_is_timed_when_one_runs_out_of_memory(capsys):
-    def step(model):
-        if isinstance(model, Diffusers):
-            raise torch.OutOfMemoryError
-
-    case = replace(CASE, step=Step(step, networks=(), inputs=()))
-    timing = clock(case, "cpu", repeats=1, by_turns=False)
-    assert timing.ours_s > 0 and timing.diffusers_s is None and timing.ratio is None
-    assert capsys.readouterr().err == "  Diffusers: not enough memory\n"
-
-
-def test_only_our_unet_is_compiled(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append((type(module), options)))
-    clock(CASE, "cpu", repeats=1, by_turns=True)
-    assert not compiled
-    clock(replace(CASE, compiled=True), "cpu", repeats=1, by_turns=True)
-    assert compiled == [(UNet, {"fullgraph": True, "dynamic": False})]
-
-
-def test_a_timing_is_the_median_of_runs_and_of_their_ratios():
-    ours = [Run(1.0, 5.0), Run(2.0, 7.0), Run(4.0, 6.0)]
-    theirs = [Run(3.0, 9.0), Run(3.0, 8.0), Run(3.0, 8.0)]
-    timing = summarise(ours, theirs)
-    assert (timing.ours_s, timing.diffusers_s) == (2, 3)
-    assert (timing.ours_gib, timing.diffusers_gib) == (7, 9)
-    assert (timing.ratio, timing.ratio_min, timing.ratio_max) == (1.5, 0.75, 3)
-
-
-def test_the_table_leaves_out_what_was_not_measured():
-    cost = Cost(weights_gib=1, peak_gib=2, tflop=31.2, traffic_tb=0.1)
-    costs = {"train": (cost, replace(cost, peak_gib=4, traffic_tb=0.2)), "sample": (cost, None)}
-    rows = table(costs, {"train": summarise([Run(0.5, None)], [Run(0.75, None)])}).splitlines()
-    assert len({len(row) for row in rows}) == 1
-    head, line, train, sample = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
-    assert head == ["step", "peak GiB", "TFLOP", "TB moved", "A100 s, at least", "s here", "diffusers : ours"]
-    assert set("".join(line)) == {"-"}
-    moved = ["0.100 / 0.200", "0.100 / 0.100"]
-    assert train == ["train", "2.00 / 4.00", "31.20 / 31.20", *moved, "0.500 / 0.750", "1.50 (1.50..1.50)"]
-    assert sample == ["sample", "2.00 / -", "31.20 / -", "0.100 / -", "0.100 / -", "-", "-"]
+def test_a_ratio_is_the_median_of_rounds():
+    ratio = summarise("graph", [1.0, 2.0, 4.0], [3.0, 3.0, 3.0])
+    assert (ratio.form, ratio.ours_s, ratio.diffusers_s) == ("graph", 2, 3)
+    assert (ratio.ratio, ratio.ratio_min, ratio.ratio_max) == (1.5, 0.75, 3)
