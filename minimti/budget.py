@@ -5,7 +5,7 @@ bytes per cell are those of exact counts (bench/cost.py) at full size, rounded u
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
@@ -16,8 +16,9 @@ from minimti.io.files import InputError
 GIB = 2**30
 TRAIN = {"max": 400_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
 DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
-ENCODE = 2_800  # bytes per pixel of an image, 32 bits, 128 channels
-DECODE = {"max": 3_600, "fast": 1_150, "balanced": 700, "low": 700}  # bytes per pixel of a clip
+# Bytes per pixel, 32 bits, 128 channels: of an image, several images at once in "max"; and of a clip.
+ENCODE = {"max": 19_600, "fast": 2_800, "balanced": 2_800, "low": 2_800}
+DECODE = {"max": 3_600, "fast": 1_150, "balanced": 700, "low": 700}
 DECODERS = {"max": "whole", "fast": "keep", "balanced": "twice", "low": "twice"}
 MARGIN = 1.05  # an allocator needs more than the sum of live tensors
 RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
@@ -90,16 +91,18 @@ def plan(
                 f"{size[0]}x{size[1]} and {num_frames} frames need about {needs['low'] / GIB:.1f} GiB with the least"
                 f" memory, and {available / GIB:.1f} are free; choose a smaller --size"
             )
-    free = max(0.0, (available or 0) - needs[memory])
-    image = _scaled(ENCODE, config.vae.ch / 128, svd.vae, 4) * size[0] * size[1]
+    return replace(budget_of(memory, num_frames, on_cpu), needed=needs[memory])
+
+
+def budget_of(memory: str, num_frames: int, on_cpu: bool = False) -> Budget:
+    """The choices of a mode, one of MEMORY_MODES."""
     return Budget(
         memory=memory,
-        slice_bytes=2**25 if on_cpu or memory == "low" else 2**29,
+        slice_bytes=2**25 if on_cpu else 2**27 if memory == "low" else 2**29,
         in_turn=memory == "low",
-        images_per_call=1 if on_cpu else int(min(8, num_frames, 1 + free // image)),
+        images_per_call=min(7, num_frames) if memory == "max" and not on_cpu else 1,
         decoder=DECODERS[memory],
         park=memory != "max" and not on_cpu,
-        needed=needs[memory],
     )
 
 
@@ -112,7 +115,7 @@ def _needed(
     cells = pixels / 4 ** (len(config.vae.ch_mult) - 1)
     channels, ch = max(config.unet.model_channels, LEAST_CHANNELS) / 320, config.vae.ch / 128
     step = MARGIN * cells * _scaled((TRAIN if training else DENOISE)[mode], channels, svd.unet, 2)
-    coding = MARGIN * _scaled(ENCODE, ch, svd.vae, 4) * size[0] * size[1]
+    coding = MARGIN * _scaled(ENCODE[mode], ch, svd.vae, 4) * size[0] * size[1]
     if not training:
         coding = max(coding, MARGIN * _scaled(DECODE[mode], ch, svd.vae, 4) * pixels)
     if mode == "max":

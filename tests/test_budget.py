@@ -91,7 +91,7 @@ def test_too_little_memory_is_an_error_before_any_work():
 
 def test_what_a_budget_sets():
     most, least = choose(79, training=False), choose(79, training=False, memory="low")
-    assert (most.decoder, most.in_turn, most.park, most.images_per_call) == ("whole", False, False, 8)
+    assert (most.decoder, most.in_turn, most.park, most.images_per_call) == ("whole", False, False, 7)
     assert (least.decoder, least.in_turn, least.park) == ("twice", True, True)
     assert choose(79, memory="fast").decoder == "keep" and most.slice_bytes > least.slice_bytes
     on_cpu = choose(79, on_cpu=True)

@@ -1,23 +1,18 @@
 """What is compared: the steps of training and sampling, the sizes and precisions at which they run, and their forms."""
 
-import importlib
-import inspect
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimti import edm
 from minimti.bench.reference import Diffusers
+from minimti.budget import Budget, budget_of
 from minimti.checkpoint.load import fill as fill_module
 from minimti.checkpoint.load import memory_format
-from minimti.config import NUM_TOKENS, SVDConfig
-from minimti.networks.recompute import set_mode
+from minimti.config import MEMORY_MODES, NUM_TOKENS, SVDConfig
 from minimti.pipeline import compile_unet
 from minimti.svd import GUIDANCE, SVD, Conditioning
 
@@ -110,7 +105,7 @@ class Case:
     config: SVDConfig
     dtype: torch.dtype  # weights of the UNet and the image encoder; inputs are fp32
     vae_dtype: torch.dtype = FP32
-    mode: str | None = None  # our recomputation (networks.recompute)
+    budget: Budget = Budget(memory="max")  # ours
     checkpointing: bool = False  # diffusers' recomputation
     compared: bool = True  # False: diffusers is not built at all
 
@@ -125,15 +120,19 @@ class Case:
 
 def official_cases(config: SVDConfig) -> dict[str, Case]:
     """The steps of train.py and sample.py as they run on a GPU, by name."""
+    most, fast, balanced, low = (budget_of(mode, config.num_frames) for mode in MEMORY_MODES)
     return {
-        "train_fast": Case(TRAIN, config, BF16, mode="fast"),
-        "train_balanced": Case(TRAIN, config, BF16, mode="balanced", checkpointing=True),
-        "train_low": Case(TRAIN, config, BF16, mode="low", compared=False),
-        "denoise": Case(DENOISE, config, BF16),
-        "encode": Case(ENCODE, config, BF16),
-        "decode": Case(DECODE, config, BF16),
-        "decode_bf16": Case(DECODE, config, BF16, vae_dtype=BF16),
-        "sample": Case(SAMPLE, config, BF16, compared=False),
+        "train_max": Case(TRAIN, config, BF16, budget=most),
+        "train_fast": Case(TRAIN, config, BF16, budget=fast, compared=False),
+        "train_balanced": Case(TRAIN, config, BF16, budget=balanced, checkpointing=True),
+        "train_low": Case(TRAIN, config, BF16, budget=low, compared=False),
+        "denoise": Case(DENOISE, config, BF16, budget=most),
+        "encode": Case(ENCODE, config, BF16, budget=most),
+        "encode_low": Case(ENCODE, config, BF16, budget=low, compared=False),
+        "decode": Case(DECODE, config, BF16, budget=most),
+        "decode_fast": Case(DECODE, config, BF16, budget=fast, compared=False),
+        "decode_low": Case(DECODE, config, BF16, budget=low, compared=False),
+        "sample": Case(SAMPLE, config, BF16, budget=low, compared=False),
     }
 
 
@@ -142,7 +141,8 @@ def timed_cases(config: SVDConfig) -> dict[str, Case]:
     cases = official_cases(config)
     cases["denoise_fp16"] = replace(cases["denoise"], dtype=FP16)
     cases["decode_fp16"] = replace(cases["decode"], vae_dtype=FP16)
-    names = "denoise train_balanced train_fast train_low encode decode denoise_fp16 decode_fp16 decode_bf16"
+    names = "train_max denoise train_balanced train_fast train_low encode decode decode_fast decode_low encode_low"
+    names += " denoise_fp16 decode_fp16"
     return {name: cases[name] for name in names.split()}
 
 
@@ -174,7 +174,7 @@ def skeleton(library: Library, case: Case) -> Model:
         if name not in case.step.networks:
             model.release(name)
     if isinstance(model, SVD):
-        configure(model, case.mode)
+        model.use(case.budget)
     return model.requires_grad_(False).eval()
 
 
@@ -246,7 +246,7 @@ def start(model: Model, case: Case, form: str, tensors: list[Tensor]) -> Callabl
     if isinstance(model, Diffusers) and form in ("channels_last", "compiled"):
         model.speed_up(compiled=form == "compiled")
     elif isinstance(model, SVD) and form == "compiled":
-        compile_ours(model)
+        compile_unet(model.unet)
     elif form != "eager" and (form, type(model)) != ("graph", SVD):
         raise ValueError(f"{type(model).__name__} has no form {form!r}")
     step = case.step.prepare(model, *tensors)
@@ -275,24 +275,6 @@ def graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
-
-
-def configure(svd: SVD, mode: str | None) -> None:
-    """Sets what the steps of our model keep in memory: a mode of networks.recompute, or None."""
-    set_mode(svd, mode)
-
-
-def compile_ours(svd: SVD) -> None:
-    """What `--compile` does, whether it takes the model or its UNet."""
-    compiler: Callable[[Any], None] = compile_unet
-    compiler(svd if "svd" in inspect.signature(compiler).parameters else svd.unet)
-
-
-def fused_everywhere() -> AbstractContextManager[None]:
-    """Within the block our fused operators are used on every device, where there are any."""
-    if find_spec("minimti.networks.fused") is None:
-        return nullcontext()
-    return importlib.import_module("minimti.networks.fused").forced(True)
 
 
 def _conditioning(config: SVDConfig, image: Tensor, tokens: Tensor) -> Conditioning:

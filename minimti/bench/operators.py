@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimti.bench.cases import LIBRARIES, Case, empty_weight, fill, fused_everywhere, inputs, official_cases, skeleton
+from minimti.bench.cases import LIBRARIES, Case, empty_weight, fill, inputs, official_cases, skeleton
 from minimti.bench.report import table
 from minimti.config import SVDConfig
+from minimti.networks import fused
 
 
 @dataclass
@@ -40,7 +41,7 @@ def counted_cases(config: SVDConfig) -> dict[str, tuple[Case, str]]:
 def count(case: Case, device: str, library: str) -> Count:
     """Counts one step of a library ("ours" or "diffusers"), and what prepares it, on fake tensors of a device."""
     model = skeleton(LIBRARIES[library], case)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), fused_everywhere():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), fused.forced(True):
         fill(model, case, device, empty_weight)
         tensors = inputs(case, device)
         with _Counter() as counter:
@@ -68,6 +69,8 @@ class _Counter(TorchDispatchMode):
             self.found.convolutions += 1
             innermost = args[0].is_contiguous(memory_format=torch.channels_last)
             self.found.convolutions_outermost += not innermost
+            if innermost:  # as on a GPU; on a PyTorch without CUDA, fake tensors lose the layout that cuDNN keeps
+                results = results.contiguous(memory_format=torch.channels_last)
         return results
 
 

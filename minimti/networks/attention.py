@@ -83,8 +83,12 @@ class SelfAttentionOverTime(SelfAttention):
         several clips, clips and positions together form no dimension of equal strides, and Q, K, V would be copied.
         """
         q, k, v = (t.unflatten(0, (-1, num_frames)).permute(0, 3, 2, 1, 4) for t in (q, k, v))  # [B, L, heads, F, d_a]
-        clips = torch.stack([attention(*clip, self.few_scores) for clip in zip(q, k, v)])  # [B, L, heads, F, head_dim]
-        rows = clips.permute(0, 3, 1, 2, 4).flatten(0, 1)  # [(B F), L, heads, head_dim], the order `project_out` needs
+        if len(q) == 1:
+            clips = attention(q.squeeze(0), k.squeeze(0), v.squeeze(0), self.few_scores).unsqueeze(0)
+        else:
+            clips = torch.stack([attention(*clip, self.few_scores) for clip in zip(q, k, v)])
+        # [B, L, heads, F, head_dim] -> [(B F), L, heads, head_dim], the order that `project_out` needs
+        rows = clips.permute(0, 3, 1, 2, 4).flatten(0, 1)
         return rows.transpose(1, 2)  # [(B F), heads, L, head_dim]
 
 

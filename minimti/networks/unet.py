@@ -200,7 +200,8 @@ class UNet(nn.Module):
         embedding = embedding + self.add_embedding(vector.to(dtype))  # [B, 4 c]
 
         remaining = iter(contexts)
-        x = self.conv_in(x.to(dtype).flatten(0, 1))  # [(B F), c, H, W]
+        x = x.to(dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [(B F), in_channels, H, W]
+        x = self.conv_in(x)  # [(B F), c, H, W]
         skips = [x]
         for down_block in self.down_blocks:
             skips += down_block(skips[-1], embedding, num_frames, remaining)

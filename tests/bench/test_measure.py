@@ -30,6 +30,7 @@ from minimti.bench.cases import (
 from minimti.bench.cost import Cost
 from minimti.bench.measure import alone, by_turns, encoding_per_step, estimate, summarise
 from minimti.bench.reference import REPEATED_BLOCKS, Diffusers
+from minimti.budget import Budget
 from minimti.invert import make_recipe
 from minimti.networks.recompute import Checkpointed
 from minimti.svd import SVD
@@ -85,7 +86,7 @@ def test_a_model_holds_only_the_networks_that_its_step_uses(step):
 
 
 def test_each_library_recomputes_as_the_case_says():
-    case = replace(CASE, mode="low", checkpointing=True)
+    case = replace(CASE, budget=Budget(memory="low"), checkpointing=True)
     modes = {module.mode for module in build(SVD, case, "cpu").modules() if isinstance(module, Checkpointed)}
     assert modes == {"low"}
     assert build(Diffusers, case, "cpu").unet.is_gradient_checkpointing
