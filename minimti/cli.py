@@ -77,6 +77,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> 
     auto = "auto (svd where it is here or on cuda, else tiny)"
     models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
     add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
+    revision = "commit, branch or tag of an official model, for one that is downloaded or in its cache (default: main)"
+    add("--revision", metavar="NAME", help=revision)
     add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of UNet and image encoder (default: bfloat16 on cuda, else float32)")
     return group

@@ -103,9 +103,12 @@ def from_json(text: str) -> SVDConfig:
     """Inverse of `to_json`, for the files of version 0.1.0 too.
 
     Raises ValueError where the text is not JSON, TypeError where it does not describe exactly the fields of a
-    configuration.
+    configuration, or one of them is out of bounds (`checked`).
     """
-    entries = json.loads(text)
+    try:
+        entries = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if isinstance(entries, dict) and "clip" in entries:
         entries = _from_0_1_0(entries)
     return checked(_build(SVDConfig, entries))
