@@ -156,7 +156,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "out_channels": (1, 512),
     "model_channels": (1, 4096),
     "channel_mult": (1, 64),
-    "num_res_blocks": (1, 16),
+    "num_res_blocks": (1, 8),
     "attention_resolutions": (1, 128),
     "num_head_channels": (1, 4096),
     "context_dim": (1, 16384),
@@ -169,7 +169,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "image_size": (1, 4096),
     "patch_size": (1, 4096),
     "width": (1, 16384),
-    "layers": (1, 128),
+    "layers": (1, 64),
     "head_width": (1, 16384),
     "embed_dim": (1, 16384),
 }

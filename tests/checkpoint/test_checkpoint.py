@@ -166,6 +166,46 @@ def test_files_that_are_something_else(small, tmp_path):
         open_checkpoint(str(tmp_path / "nothing"))
 
 
+def test_a_configuration_beyond_any_model_is_refused_before_anything_is_built(tmp_path):
+    path = tmp_path / "config.safetensors"
+    for part, field in (("image_encoder", "layers"), ("unet", "num_res_blocks")):
+        entries = json.loads(to_json(SMALL))
+        entries[part][field] = 10**9
+        save_file({"x": torch.zeros(1)}, path, {"config": json.dumps(entries)})
+        began = time.perf_counter()
+        with pytest.raises(InputError, match=f"cannot be read .{field} is 1000000000, not in 1.."):
+            open_checkpoint(str(path))
+        assert time.perf_counter() - began < 0.5
+
+
+def test_the_largest_configuration_is_refused_within_seconds(tmp_path):
+    """All that the bounds admit at once: it is described on the meta device and compared with the file's tensors."""
+    unet = replace(SMALL.unet, channel_mult=(64,) * 8, num_res_blocks=8, model_channels=4096, num_head_channels=1)
+    vae = replace(SMALL.vae, ch_mult=(64,) * 8, num_res_blocks=8, ch=4096)
+    tower = replace(SMALL.image_encoder, layers=64, width=16384, head_width=1, image_size=4096, patch_size=1)
+    config = replace(SMALL, unet=unet, vae=vae, image_encoder=tower)
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {"config": to_json(config)})
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="not Stable Video Diffusion as expected: lacks"):
+        load(tmp_path / "w.safetensors")
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize("length", [2**24 + 1, 2**40, 2**64 - 1])
+def test_a_header_longer_than_any_model_has_is_not_read(small, tmp_path, length):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + small.read_bytes()[8:])
+    with pytest.raises(InputError, match="w.safetensors: not a complete safetensors file .its header is too long"):
+        open_checkpoint(str(path))
+
+
+def test_weights_are_numbers_with_a_fraction(small, tmp_path):
+    name = "model.diffusion_model.out.2.bias"
+    path = rewritten(small, tmp_path / "w.safetensors", lambda tensors: tensors.update({name: torch.zeros(4).long()}))
+    with pytest.raises(InputError, match=f"{name} holds no weights but I64"):
+        load(path)
+
+
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
