@@ -95,12 +95,10 @@ class _Tensors:
                 with safe_open(path, framework="pt") as file:
                     self.metadata |= file.metadata() or {}
                     for name in file.keys():
+                        tensor = file.get_slice(name)
                         self.files[prefix + name] = path
-                        part = file.get_slice(name)
-                        self.shapes[prefix + name], self.dtypes[prefix + name] = (
-                            tuple(part.get_shape()),
-                            part.get_dtype(),
-                        )
+                        self.shapes[prefix + name] = tuple(tensor.get_shape())
+                        self.dtypes[prefix + name] = tensor.get_dtype()
             except (SafetensorError, OSError) as error:
                 again = "; delete it, and it is downloaded again" if revision_of(path) else ""
                 raise InputError(f"{path}: not a complete safetensors file ({error}){again}") from error
