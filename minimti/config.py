@@ -126,10 +126,11 @@ def _build(kind: Any, value: Any) -> Any:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return tuple(value) if isinstance(value, list) else value
     if not isinstance(value, dict):
-        raise TypeError(f"{kind.__name__} is {value!r}")
+        raise TypeError(f"{kind.__name__} is {_short(value)}")
     hints = get_type_hints(kind)
     if odd := hints.keys() ^ value.keys():
-        raise TypeError(f"{kind.__name__} has missing or unknown fields: {', '.join(sorted(odd))}")
+        names = printable(", ".join(sorted(odd)), 200)
+        raise TypeError(f"{kind.__name__} has missing or unknown fields: {names}")
     return kind(**{name: _build(hint, value[name]) for name, hint in hints.items()})
 
 
@@ -219,10 +220,15 @@ def _fits(value: Any, kind: Any, minimum: float, maximum: float) -> bool:
     return isinstance(value, kind) and (not is_dataclass(value) or checked(value) is value)
 
 
+def printable(text: str, most: int) -> str:
+    """The first `most` characters of a text, with escapes for control characters, line breaks and undecodable bytes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])[:most]
+
+
 def _short(value: Any) -> str:
     """A value for a message. One that has parts is not printed: in a hostile file they can be shared and nested."""
     plain = value is None or type(value) in (bool, int, float, str)
-    return repr(value)[:60] if plain else f"an unsuitable {type(value).__name__}"
+    return printable(repr(value), 60) if plain else f"an unsuitable {type(value).__name__}"
 
 
 _SVD = SVDConfig(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimti import __version__
-from minimti.config import MAX_PIXELS, MAX_SIDE, MicroConditioning, SVDConfig, checked, is_word
+from minimti.config import MAX_PIXELS, MAX_SIDE, MicroConditioning, SVDConfig, checked, is_word, printable
 from minimti.io.files import InputError, atomic_write, require_file
 
 INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
@@ -79,7 +79,7 @@ class Motion:
         written.
         """
         about: dict[str, Any] = {key: value for key, value in vars(self).items() if key != "tokens"}
-        about |= {"settings": {key: _printable(text) for key, text in self.settings.items()}}
+        about |= {"settings": {key: printable(text, MAX_TEXT) for key, text in self.settings.items()}}
         replace(self, settings=about["settings"]).check()
         about |= {"micro": asdict(self.micro), "version": __version__}
         text = json.dumps(about)
@@ -187,11 +187,6 @@ def _is_whole(value: Any, minimum: int, maximum: int) -> bool:
 
 def _is_text(value: Any) -> bool:
     return type(value) is str and len(value) <= MAX_TEXT and value.isprintable()
-
-
-def _printable(text: str) -> str:
-    """The text with escapes in place of control characters, line breaks and undecodable bytes; cut at MAX_TEXT."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:MAX_TEXT]
 
 
 # ---------------------------------------------------------------------------------------------- reading files

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minimti.checkpoint.find import folder_paths, locate, revision_of
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS, Source, folder_source, official_source
-from minimti.config import SVDConfig, from_json
+from minimti.config import SVDConfig, from_json, printable
 from minimti.io.files import InputError, require_file
 
 # ---------------------------------------------------------------------------------------------- strict filling
@@ -46,7 +46,8 @@ def check(needed: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: 
     for problem, names in (("lacks", missing), ("holds unknown", unknown), ("has wrong shapes:", wrong)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{where}: not Stable Video Diffusion as expected: {problem} {', '.join(names[:3])}{more}")
+            first = ", ".join(printable(name, 200) for name in names[:3])
+            raise InputError(f"{where}: not Stable Video Diffusion as expected: {problem} {first}{more}")
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -101,7 +102,9 @@ class _Tensors:
                         self.dtypes[prefix + name] = tensor.get_dtype()
             except (SafetensorError, OSError) as error:
                 again = "; delete it, and it is downloaded again" if revision_of(path) else ""
-                raise InputError(f"{path}: not a complete safetensors file ({error}){again}") from error
+                raise InputError(
+                    f"{path}: not a complete safetensors file ({printable(str(error), 200)}){again}"
+                ) from error
 
     def read(self, names: Iterable[tuple[str, ...]]) -> Iterator[list[Tensor]]:
         """The tensors of each tuple of names, as views of the mapping: keep none of them without a copy."""
@@ -147,7 +150,9 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         try:
             config = from_json(tensors.metadata["config"])
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: the configuration in its metadata cannot be read ({error})") from error
+            raise InputError(
+                f"{path}: the configuration in its metadata cannot be read ({printable(str(error), 300)})"
+            ) from error
     return Checkpoint(path, config, tensors)
 
 
