@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minimti import cli, hardware, pipeline
 from minimti.checkpoint.key_maps import official_source
 from minimti.checkpoint.load import open_checkpoint, sources
-from minimti.config import SVDConfig, to_json
+from minimti.config import SVDConfig, printable, to_json
 from minimti.io import write
 from minimti.io.files import InputError, atomic_write, check_writable, make_folder, require_file
 from minimti.muon import Muon, is_matrix
@@ -190,7 +190,8 @@ def begin(
         found = {key: saved[key] for key in run.identity}
         if found == run.identity:
             restore(run, saved)
-        other = f"--seed {found['seed']} --scale {found['scale']:g} --stages {found['stages']}"
+        require(all(type(value) in (str, int, float) for value in found.values()), "identity")
+        other = printable(f"--seed {found['seed']} --scale {found['scale']:g} --stages {found['stages']}", 200)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
     if found != run.identity:
