@@ -26,7 +26,7 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 # --tokens admits) and keeps reading within 1 GB of memory.
 MAX_NUMBERS = 2**25  # elements of the tokens, 128 MiB
 MAX_ABOUT = 2**20  # bytes of everything but the tokens: data.pkl, or the header of safetensors
-MAX_SETTINGS, MAX_TEXT = 64, 4096  # entries, and characters of each
+MAX_ENTRIES, MAX_NAME, MAX_TEXT = 64, 256, 2000  # of a dict, characters of its keys and texts: less than MAX_ABOUT
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Motion:
         about |= {"settings": {key: printable(text, MAX_TEXT) for key, text in self.settings.items()}}
         replace(self, settings=about["settings"]).check()
         about |= {"micro": asdict(self.micro), "version": __version__}
-        text = json.dumps(about)
+        text = json.dumps(about, ensure_ascii=False)
         tokens = self.tokens.detach().cpu().contiguous()
         with atomic_write(path) as part:
             if Path(path).suffix == ".safetensors":
@@ -168,15 +168,15 @@ def _fault(motion: Motion) -> str:
         return "seed must be 0 to 4294967295"
     if motion.fps is not None and not (type(motion.fps) in (int, float) and 1e-6 <= motion.fps <= 1e6):
         return "fps must be 0.000001 to 1000000"
-    if type(fingerprint) is not dict or len(fingerprint) > 64:
-        return "fingerprint must be at most 64 names of weights"
+    if type(fingerprint) is not dict or len(fingerprint) > MAX_ENTRIES:
+        return f"fingerprint must be at most {MAX_ENTRIES} names of weights"
     for name, numbers in fingerprint.items():
         numbers_fit = type(numbers) is list and len(numbers) <= 64 and all(type(n) is float for n in numbers)
-        if not _is_text(name) or not numbers_fit or not all(map(math.isfinite, numbers)):
+        if not _is_text(name, MAX_NAME) or not numbers_fit or not all(map(math.isfinite, numbers)):
             return "fingerprint must be at most 64 finite numbers for each name of a weight"
-    if type(settings) is not dict or len(settings) > MAX_SETTINGS:
-        return f"settings must be at most {MAX_SETTINGS} texts"
-    if not all(_is_text(name) and _is_text(text) for name, text in settings.items()):
+    if type(settings) is not dict or len(settings) > MAX_ENTRIES:
+        return f"settings must be at most {MAX_ENTRIES} texts"
+    if not all(_is_text(name, MAX_NAME) and _is_text(text, MAX_TEXT) for name, text in settings.items()):
         return f"settings must be printable texts of up to {MAX_TEXT} characters"
     return ""
 
@@ -185,8 +185,8 @@ def _is_whole(value: Any, minimum: int, maximum: int) -> bool:
     return type(value) is int and minimum <= value <= maximum
 
 
-def _is_text(value: Any) -> bool:
-    return type(value) is str and len(value) <= MAX_TEXT and value.isprintable()
+def _is_text(value: Any, most: int) -> bool:
+    return type(value) is str and len(value) <= most and value.isprintable()
 
 
 # ---------------------------------------------------------------------------------------------- reading files

@@ -238,12 +238,14 @@ def shared_parts(depth: int) -> tuple:
         {"settings": {"a": 1}},
         {"settings": {1: "a"}},
         {"settings": {"a": "\x1b[2J"}},
-        {"settings": {"a": "a" * 4097}},
+        {"settings": {"a": "a" * 2001}},
         {"settings": {str(i): "" for i in range(65)}},
         {"settings": ["a"]},
         {"fingerprint": {"a": [0.0] * 65}},
         {"fingerprint": {str(i): [0.0] for i in range(65)}},
         {"fingerprint": {"a": "b"}},
+        {"fingerprint": {"a" * 257: [0.0]}},
+        {"settings": {"a" * 257: "a"}},
         {"model": "../x"},
         {"model": "/x"},
         {"model": ""},
@@ -393,12 +395,24 @@ def test_rate_plan_and_settings_are_kept(tmp_path, name):
     assert (older.fps, older.settings, older.total_steps) == (None, {}, None)
 
 
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize("character", ["\N{GRINNING FACE}", "\\", '"', "a"])
+def test_whatever_is_saved_can_be_loaded(tmp_path, name, character):
+    """All texts at their longest, of the characters that take most bytes."""
+    keys = [f"{i:02}" + 254 * character for i in range(64)]
+    fingerprint = {key: [-1.2345678901234567e-300] * 64 for key in keys}
+    motion = replace(make(), settings={key: 2000 * character for key in keys}, fingerprint=fingerprint)
+    motion.save(tmp_path / name)
+    back = Motion.load(tmp_path / name)
+    assert back.settings == motion.settings and back.fingerprint == motion.fingerprint
+
+
 def test_settings_are_plain_text_whatever_they_were(tmp_path):
     """Undecodable names, control characters and endless texts lose no embedding, and reach no terminal."""
     facts = {"clip": "a\udc80\x1b[2J\n.mp4", "command": "x" * 10**5}
     replace(make(), settings=facts).save(tmp_path / "m.pt")
     back = Motion.load(tmp_path / "m.pt").settings
-    assert back == {"clip": r"a\udc80\x1b[2J\n.mp4", "command": "x" * 4096}
+    assert back == {"clip": r"a\udc80\x1b[2J\n.mp4", "command": "x" * 2000}
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
