@@ -259,7 +259,7 @@ def test_odd_content_is_refused_at_once(tmp_path, changes):
     began = time.perf_counter()
     with pytest.raises(InputError, match="m.pt: not a motion-text embedding") as caught:
         Motion.load(path)
-    assert time.perf_counter() - began < 1 and len(str(caught.value)) < 400
+    assert time.perf_counter() - began < 2 and len(str(caught.value)) < 400
 
 
 def rewritten(path: Path, change, compression: int = zipfile.ZIP_STORED) -> Path:

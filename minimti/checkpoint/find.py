@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimti.config import MODELS, SVDConfig
+from minimti.config import MODELS, SVDConfig, printable
 from minimti.io.files import InputError, require_file
 
 if TYPE_CHECKING:
@@ -179,4 +179,4 @@ def _reason(error: Exception) -> str:
     """The first 300 characters of an error as one line, without the access token that headers hold."""
     cause = error.__cause__ or error  # the library says that something failed, its cause what
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
-    return re.sub(r"hf_\w+|Bearer \S+", "***", text)[:300]
+    return printable(re.sub(r"hf_\w+|Bearer \S+", "***", text), 300)

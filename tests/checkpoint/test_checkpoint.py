@@ -175,7 +175,7 @@ def test_a_configuration_beyond_any_model_is_refused_before_anything_is_built(tm
         began = time.perf_counter()
         with pytest.raises(InputError, match=f"cannot be read .{field} is 1000000000, not in 1.."):
             open_checkpoint(str(path))
-        assert time.perf_counter() - began < 0.5
+        assert time.perf_counter() - began < 2
 
 
 def test_the_largest_configuration_is_refused_within_seconds(tmp_path):
@@ -310,6 +310,15 @@ def test_the_automatic_choice(hub, tmp_path):
     assert downloads == []
 
 
+def test_a_checkpoint_names_its_commit(hub, small):
+    path = in_cache(hub[0], find.REPOSITORIES["svd"], "svd.safetensors")
+    path.write_bytes(small.read_bytes())
+    assert open_checkpoint(str(path)).revision == open_checkpoint("svd", "abc").revision == "abc"
+    assert open_checkpoint(str(small)).revision is None
+    with pytest.raises(InputError, match="--revision abc: only"):
+        open_checkpoint(str(small), "abc")
+
+
 def test_a_revision_is_pinned_in_cache_and_download_but_not_in_weights(hub, tmp_path):
     cache, downloads = hub
     repository = find.REPOSITORIES["svd"]
@@ -355,7 +364,7 @@ def answer(status: int) -> SimpleNamespace:
         (PermissionError(13, "Permission denied", "/x"), "the cache .* cannot be written .Permission denied.*HF_HOME"),
         (OSError(28, "No space left on device", "/x"), "the cache .* cannot be written .No space left on device"),
         (ValueError("header\nBearer hf_abcdef is odd"), "failed .ValueError: header [*]{3} is odd"),
-        (ValueError("a token hf_abcdef"), "failed .ValueError: a token [*]{3}[)]"),
+        (ValueError("a token\x1b hf_abcdef"), r"failed .ValueError: a token\\x1b [*]{3}[)]"),
     ],
     ids=str,
 )
