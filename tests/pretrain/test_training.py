@@ -145,6 +145,7 @@ DAMAGES = {
     "a model that is not finite": lambda s: s["model"]["heads.0.weight"].fill_(NAN),
     "a model on no device": lambda s: s["model"].update({"heads.0.bias": torch.zeros(1, device="meta")}),
     "stage -1": lambda s: s.update(stage=-1),
+    "stage -1 without records": lambda s: s.update(stage=-1, records=[]),
     "stage 3": lambda s: s.update(stage=3),
     "stage 1.0": lambda s: s.update(stage=1.0),
     "an earlier stage": lambda s: s.update(stage=0),
