@@ -151,6 +151,7 @@ DAMAGES = {
     "an earlier stage": lambda s: s.update(stage=0),
     "step -10^9": lambda s: s.update(step=-(10**9)),
     "step 6": lambda s: s.update(step=6),
+    "step 6 with six losses": lambda s: [s.update(step=6), s["records"][1]["losses"].extend([1.0] * 4)],
     "step 0 with two steps recorded": lambda s: s.update(step=0),
     "a step in words": lambda s: s.update(step="2"),
     "history of numbers": lambda s: s.update(history=[1]),
