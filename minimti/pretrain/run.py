@@ -244,7 +244,6 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     if run.step == 0:  # averages and optimisers begin with the stage
         return
     trainable = run.trainable()
-    require(run.ema.keys() == trainable.keys(), "averages")
     run.ema = {name: dense(run.ema[name], p.shape) for name, p in trainable.items()}
     optimisers = make_optimisers(trainable, run.settings)
     require(len(run.optimisers) == len(optimisers), "optimisers")
