@@ -77,6 +77,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> 
     auto = "auto (svd where it is here or on cuda, else tiny)"
     models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
     add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
+    revision = "commit, branch or tag of an official model, for one that is downloaded or in its cache (default: main)"
+    add("--revision", metavar="NAME", help=revision)
     add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of UNet and image encoder (default: bfloat16 on cuda, else float32)")
     memory = "how much to take; more is faster, the result is the same (default: auto, the fastest way that fits)"
@@ -102,7 +104,9 @@ def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch
     from minimti import pipeline
 
     device = pipeline.check_device(args.device or pipeline.default_device())
-    checkpoint = pipeline.find(model, device)
+    checkpoint = pipeline.find(model, device, args.revision)
+    if checkpoint.revision:
+        print(f"revision   {checkpoint.revision}")
     if checkpoint.config.note:
         print(f"note       {checkpoint.config.note}")
     return checkpoint, device

@@ -4,7 +4,7 @@ The command lines need all of this for their help, so nothing here imports torch
 """
 
 import json
-import math
+import re
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ SOLVERS = ("euler", "heun", "dpmpp-2m")
 NUM_TOKENS = 5  # N of the paper, tokens per set
 RECIPES = ("paper", "muon")  # how an inversion optimises
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_SIDE, MAX_PIXELS = 4096, 2**22  # of a picture: 2560x1440 is within them, 7 times SVD's own 1024x576
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,12 @@ def from_json(text: str) -> SVDConfig:
     """Inverse of `to_json`, for the files of version 0.1.0 too.
 
     Raises ValueError where the text is not JSON, TypeError where it does not describe exactly the fields of a
-    configuration.
+    configuration, or one of them is out of bounds (`checked`).
     """
-    entries = json.loads(text)
+    try:
+        entries = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if isinstance(entries, dict) and "clip" in entries:
         entries = _from_0_1_0(entries)
     return checked(_build(SVDConfig, entries))
@@ -121,45 +125,109 @@ def _build(kind: Any, value: Any) -> Any:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return tuple(value) if isinstance(value, list) else value
     if not isinstance(value, dict):
-        raise TypeError(f"{kind.__name__} is {value!r}")
+        raise TypeError(f"{kind.__name__} is {_short(value)}")
     hints = get_type_hints(kind)
     if odd := hints.keys() ^ value.keys():
-        raise TypeError(f"{kind.__name__} has missing or unknown fields: {', '.join(sorted(odd))}")
+        names = printable(", ".join(sorted(odd)), 200)
+        raise TypeError(f"{kind.__name__} has missing or unknown fields: {names}")
     return kind(**{name: _build(hint, value[name]) for name, hint in hints.items()})
 
 
 Config = TypeVar("Config")
 _CHOICES = {"recipe": RECIPES}
 
+# The least and the greatest value of a number, or of every number of a tuple, by field. They are several times those of
+# any released video model, those of the options of train.py and sample.py, or the least that can be computed with.
+# Networks within them are described, on the meta device, in seconds; a file whose tensors are others is refused then.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "num_frames": (1, 1000),
+    "size": (1, MAX_SIDE),
+    "num_steps": (1, 10**4),
+    "sigma_min": (1e-6, 1e6),
+    "sigma_max": (1e-6, 1e6),
+    "rho": (0.1, 100),
+    "p_mean": (-10, 10),  # the mean of a logarithm
+    "p_std": (0, 10),
+    "num_iterations": (0, 10**6),
+    "fps_id": (0, 999),
+    "motion_bucket_id": (0, 10**4),
+    "cond_aug": (0, 100),
+    "in_channels": (1, 512),
+    "out_channels": (1, 512),
+    "model_channels": (1, 4096),
+    "channel_mult": (1, 64),
+    "num_res_blocks": (1, 8),
+    "attention_resolutions": (1, 128),
+    "num_head_channels": (1, 4096),
+    "context_dim": (1, 16384),
+    "adm_in_channels": (1, 16384),
+    "norm_groups": (1, 4096),
+    "ch": (1, 4096),
+    "ch_mult": (1, 64),
+    "z_channels": (1, 256),
+    "scale_factor": (1e-6, 1e6),
+    "image_size": (1, 4096),
+    "patch_size": (1, 4096),
+    "width": (1, 16384),
+    "layers": (1, 64),
+    "head_width": (1, 16384),
+    "embed_dim": (1, 16384),
+}
+_MAX_ENTRIES = 8  # of a tuple: levels of a network; SVD has 4
+_MAX_TEXT = 500  # characters of a note
+
 
 def checked(config: Config) -> Config:
     """The same dataclass.
 
-    Raises TypeError where a value, also inside tuples and nested dataclasses, is not of its field's type, where a
-    number is negative (p_mean may be) or not finite, and where recipe is not a known name.
+    Raises TypeError where a value, also inside tuples and nested dataclasses, is not of its field's type or outside of
+    its bounds (_BOUNDS), a tuple has more than 8 entries, a text is not printable or longer than 500 characters, the
+    name of a model is no word, and where recipe is not a known name.
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        minimum = -math.inf if name == "p_mean" else 0  # the mean of a logarithm
-        if not _fits(value, kind, minimum) or value not in _CHOICES.get(name, (value,)):
-            raise TypeError(f"{name} is {value!r}")
+        low, high = _BOUNDS.get(name, (0, 0))
+        fits = _fits(value, kind, low, high)
+        if not fits or value not in _CHOICES.get(name, (value,)) or (name == "name" and not is_word(value)):
+            raise TypeError(f"{name} is {_short(value)}" + (f", not in {low}..{high}" if high else ""))
     return config
 
 
-def _fits(value: Any, kind: Any, minimum: float) -> bool:
-    """Whether a value is of a type that a field names. An int is a float too, a bool is no number."""
+def is_word(value: Any) -> bool:
+    """Whether a value can name a model, and so be a part of file names.
+
+    That is a letter or digit, then up to 63 letters, digits, dots, underscores and hyphens.
+    """
+    return type(value) is str and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value) is not None
+
+
+def _fits(value: Any, kind: Any, minimum: float, maximum: float) -> bool:
+    """Whether a value is of a type that a field names, and within its bounds. An int is a float too."""
     if get_origin(kind) is UnionType:
-        return any(_fits(value, option, minimum) for option in get_args(kind))
+        return any(_fits(value, option, minimum, maximum) for option in get_args(kind))
     if get_origin(kind) is tuple:
-        if not isinstance(value, tuple):
+        if not isinstance(value, tuple) or len(value) > _MAX_ENTRIES:
             return False
         kinds = get_args(kind)
         if kinds[-1] is Ellipsis:  # tuple[int, ...]
             kinds = kinds[:1] * len(value)
-        return len(value) == len(kinds) and all(_fits(v, k, minimum) for v, k in zip(value, kinds))
+        return len(value) == len(kinds) and all(_fits(v, k, minimum, maximum) for v, k in zip(value, kinds))
     if kind in (int, float):
-        return type(value) in (int, kind) and -math.inf < value < math.inf and value >= minimum
+        return type(value) in (int, kind) and minimum <= value <= maximum  # False for NaN
+    if kind is str:
+        return isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
     return isinstance(value, kind) and (not is_dataclass(value) or checked(value) is value)
+
+
+def printable(text: str, most: int) -> str:
+    """The first `most` characters of a text, with escapes for control characters, line breaks and undecodable bytes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])[:most]
+
+
+def _short(value: Any) -> str:
+    """A value for a message. One that has parts is not printed: in a hostile file they can be shared and nested."""
+    plain = value is None or type(value) in (bool, int, float, str)
+    return printable(repr(value), 60) if plain else f"an unsuitable {type(value).__name__}"
 
 
 _SVD = SVDConfig(

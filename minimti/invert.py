@@ -94,7 +94,8 @@ def invert(
                 sigma, _ = pending[len(good)]
                 raise FloatingPointError(
                     f"the loss or gradient of step {motion.steps + 1} (sigma {sigma.item():.3g}, seed {motion.seed}) is"
-                    f" not finite; the tokens are those of step {motion.steps}"
+                    " not finite: try a lower --lr, or --dtype float32 or bfloat16; the tokens are those of step"
+                    f" {motion.steps}"
                 )
             pending.clear()
 

@@ -13,7 +13,7 @@ from minimti.budget import Budget, plan
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
-from minimti.config import NUM_TOKENS, MicroConditioning
+from minimti.config import NUM_TOKENS, MicroConditioning, printable
 from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, View, invert, make_recipe, view
 from minimti.io.files import InputError
@@ -63,7 +63,8 @@ def load(
         with torch.device("meta"):
             svd = SVD(checkpoint.config)
     except Exception as error:  # from whichever layer the numbers do not suit
-        message = f"{checkpoint.path}: the configuration in its metadata describes no network ({error})"
+        reason = printable(str(error), 200)
+        message = f"{checkpoint.path}: the configuration in its metadata describes no network ({reason})"
         raise InputError(message) from error
     load_into(svd, checkpoint, device, dtype, vae_dtype)
     svd.device = device
@@ -75,9 +76,12 @@ def compile_unet(unet: UNet) -> None:
     compile_parts(unet, SpatioTemporalTransformer)
 
 
-def find(model: str, device: torch.device) -> Checkpoint:
-    """The files of a model, as named for `load`, and their configuration; no weights are read. Raises InputError."""
-    return open_checkpoint(automatic(device) if model == "auto" else model)
+def find(model: str, device: torch.device, revision: str | None = None) -> Checkpoint:
+    """The files of a model, as named for `load`, and their configuration; no weights are read. Raises InputError.
+
+    `revision` is a commit, branch or tag of an official model's repository on the hub.
+    """
+    return open_checkpoint(automatic(device) if model == "auto" else model, revision)
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -152,7 +156,10 @@ def learn(
         steps=0,
         seed=seed,
         fingerprint=fingerprint(svd.unet),
+        total_steps=recipe.steps,
+        fps=clip.fps,
     )
+    motion.check()  # what could not be saved is refused before hours of work
 
     views: Callable[[int], View] = partial(view, svd, frames, motion, flip)
     if count := min(recipe.num_cached_views, recipe.steps):
@@ -241,4 +248,10 @@ def animate(
             latents = x
             progress(Progress("sample", step, steps))
         svd.park("unet")
-        return to_uint8(svd.decode(latents)[0])
+        pixels = svd.decode(latents)[0]
+    if not pixels.isfinite().all():
+        raise FloatingPointError(
+            "the decoded frames hold numbers that are not finite: try --vae-dtype float32; if they stay, the weights are"
+            " damaged"
+        )
+    return to_uint8(pixels)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from official import SMALL
 from safetensors import safe_open
 
-from minimti.config import MODELS, RECIPES, MicroConditioning, checked, from_json, to_json
+from minimti.config import MODELS, RECIPES, MicroConditioning, checked, from_json, is_word, to_json
 
 TINY_FILE = Path(__file__).parents[1] / "weights" / "tiny" / "tiny.safetensors"
 DEFAULTS = ("recipe", "note")
@@ -107,6 +108,77 @@ def test_wrong_values_inside_a_network_are_refused(value):
     entries = entries_of(SMALL)
     with pytest.raises(TypeError, match="channel_mult is "):
         from_json(json.dumps(entries | {"unet": entries["unet"] | {"channel_mult": value}}))
+
+
+@pytest.mark.parametrize(
+    "part, field, values",
+    [
+        ("image_encoder", "layers", (10**9, 10**6, 65, 0, 10**400)),
+        ("unet", "num_res_blocks", (10**9, 10**5, 9, 0)),
+        ("unet", "channel_mult", ([1] * 9, [10**9], [0])),
+        ("unet", "model_channels", (10**9, 0)),
+        ("vae", "ch_mult", ([1] * 10**4, [65])),
+        ("vae", "scale_factor", (0, 1e300)),
+        ("micro", "fps_id", (10**30, 1000)),
+        ("micro", "cond_aug", (10**400, 101)),
+        ("", "num_frames", (10**9, 0)),
+        ("", "size", ([10**9, 64], [4097, 64])),
+        ("", "sigma_max", (1e300, 0)),
+        ("", "p_mean", (-11, 11)),
+        ("", "num_iterations", (10**7,)),
+        ("", "note", ("a" * 501, "\x1b[2J", "two\nlines")),
+    ],
+)
+def test_numbers_beyond_any_model_are_refused_at_once(part, field, values):
+    for value in values:
+        entries = entries_of(SMALL)
+        (entries[part] if part else entries)[field] = value
+        began = time.perf_counter()
+        with pytest.raises(TypeError, match=f"{field} is ") as caught:
+            from_json(json.dumps(entries))
+        assert time.perf_counter() - began < 1 and len(str(caught.value)) < 200
+
+
+def test_the_largest_numbers_are_allowed():
+    for changes in ({"num_frames": 1000}, {"size": (4096, 4096)}, {"p_mean": -10.0}, {"note": "a" * 500}):
+        assert from_json(to_json(replace(SMALL, **changes))) == replace(SMALL, **changes)
+
+
+NAMES = ("svd", "a", "A-b_c.d", "a" * 64, "7")
+NO_NAMES = (
+    "",
+    "/../../../x",
+    "../x",
+    "a/b",
+    "a" * 65,
+    ".",
+    ".hidden",
+    "-o",
+    "_",
+    "a b",
+    "a\n",
+    "\n",
+    "ä",
+    "a\0",
+    3,
+    None,
+    (),
+)
+
+
+def test_the_name_of_a_model_is_a_word():
+    """It becomes a part of the names of files."""
+    for name in NAMES:
+        assert is_word(name) and from_json(to_json(replace(SMALL, name=name))).name == name
+    for name in NO_NAMES:
+        assert not is_word(name)
+        with pytest.raises(TypeError, match="name is "):
+            checked(replace(SMALL, name=name))
+
+
+def test_a_text_nested_too_deeply_is_refused():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        from_json("[" * 10**6)
 
 
 def test_a_dataclass_that_fits_is_passed_on():

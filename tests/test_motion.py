@@ -1,18 +1,23 @@
 """The embedding: how it starts, its two forms, its file."""
 
 import json
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from official import SMALL
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minimti import motion as module
 from minimti.config import MODELS
 from minimti.io.files import InputError
+from minimti.io.video import Clip
 from minimti.motion import Motion, initialise
+from minimti.pipeline import learn
 
 F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -75,7 +80,7 @@ def test_an_embedding_survives_its_file(tmp_path, name, sets):
 
 
 def test_the_smallest_embedding_survives_its_file(tmp_path):
-    motion = Motion(torch.zeros(2, 1, 1), 1, SMALL.name, SMALL.micro, size=(1, 8192), steps=0, seed=0)
+    motion = Motion(torch.zeros(2, 1, 1), 1, SMALL.name, SMALL.micro, size=(1, 4096), steps=0, seed=0)
     motion.save(tmp_path / "m.pt")
     assert vars(Motion.load(tmp_path / "m.pt")) | {"tokens": None} == vars(motion) | {"tokens": None}
 
@@ -110,7 +115,7 @@ def saved_with(path: Path, **changes) -> Path:
         {"size": (64,)},
         {"size": (64, 64, 64)},
         {"size": (64, 0)},
-        {"size": (8193, 64)},
+        {"size": (4097, 64)},
         {"size": (64.0, 64)},
         {"size": 64},
         {"steps": "7"},
@@ -144,12 +149,17 @@ def test_fields_of_another_kind_are_refused(tmp_path, changes):
 
 
 @pytest.mark.parametrize(
-    "tokens",
-    [torch.randn(F, N, D), torch.randn(F + 1, 0, D), torch.full((F + 1, N, D), torch.nan)],
-    ids=["too few sets", "no tokens", "nan"],
+    "tokens, rule",
+    [
+        (torch.randn(F, N, D), "num_frames must be 1 to 1000, and tokens F [+] 1 sets or one for all"),
+        (torch.randn(F + 1, 0, D), "tokens must be 1 to 33554432 numbers in float32"),
+        (torch.full((F + 1, N, D), torch.nan), "tokens must be finite; train it again"),
+        (torch.tensor([[[torch.inf]]]), "tokens must be finite; train it again"),
+    ],
+    ids=["too few sets", "no tokens", "nan", "inf"],
 )
-def test_tokens_of_an_odd_shape_or_value_are_refused(tmp_path, tokens):
-    with pytest.raises(InputError, match="odd shape, or of numbers that are not finite"):
+def test_tokens_of_an_odd_shape_or_value_are_refused(tmp_path, tokens, rule):
+    with pytest.raises(InputError, match=rule):
         Motion.load(saved_with(tmp_path / "m.pt", tokens=tokens))
 
 
@@ -181,6 +191,272 @@ def test_a_newer_file_is_named_whatever_it_holds(tmp_path):
 def test_tokens_are_loaded_without_a_graph(tmp_path):
     tokens = torch.randn(F + 1, N, D, requires_grad=True)
     assert not Motion.load(saved_with(tmp_path / "m.pt", tokens=tokens)).tokens.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------ files of strangers
+
+
+def shared_parts(depth: int) -> tuple:
+    """A tuple of 2^depth leaves in depth objects: to walk, compare or hash it takes for ever."""
+    part: tuple = (0, 0)
+    for _ in range(depth):
+        part = (part, part)
+    return part
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": ["tiny"]},
+        {"model": {"tiny": 1}},
+        {"model": shared_parts(64)},
+        {"settings": {"a": shared_parts(64)}},
+        {"size": ("64", "64")},
+        {"size": "66"},
+        {"size": torch.tensor([64, 64])},
+        {"size": {0: 64, 1: 64}},
+        {"size": (8192, 16)},
+        {"size": (4096, 2048)},
+        {"micro": {"fps_id": 10**30, "motion_bucket_id": 127, "cond_aug": 0.02}},
+        {"micro": {"fps_id": 6, "motion_bucket_id": 127, "cond_aug": 10**400}},
+        {"tokens": torch.empty(F + 1, N, D, device="meta")},
+        {"tokens": torch.empty(F + 1, 10**12, D, device="meta")},
+        {"tokens": torch.zeros(F + 1, 10**6, D, dtype=torch.float32, layout=torch.sparse_coo)},
+        {"tokens": torch.zeros(F + 1, 1, D).expand(-1, 10**8, -1)},
+        {"tokens": torch.randn(N, F + 1, D).transpose(0, 1)},
+        {"tokens": torch.nn.Parameter(torch.randn(F + 1, N, D))},
+        {"seed": 2**32},
+        {"steps": 10**7},
+        {"num_frames": 1001},
+        {"total_steps": 6},  # fewer than the 7 steps done
+        {"total_steps": 7.0},
+        {"fps": 0.0},
+        {"fps": -7.0},
+        {"fps": float("nan")},
+        {"fps": 10**400},
+        {"fps": "7"},
+        {"settings": {"a": 1}},
+        {"settings": {1: "a"}},
+        {"settings": {"a": "\x1b[2J"}},
+        {"settings": {"a": "a" * 2001}},
+        {"settings": {str(i): "" for i in range(65)}},
+        {"settings": ["a"]},
+        {"fingerprint": {"a": [0.0] * 65}},
+        {"fingerprint": {str(i): [0.0] for i in range(65)}},
+        {"fingerprint": {"a": "b"}},
+        {"fingerprint": {"a" * 257: [0.0]}},
+        {"settings": {"a" * 257: "a"}},
+        {"model": "../x"},
+        {"model": "/x"},
+        {"model": ""},
+        {"model": "a" * 65},
+        {"model": "a\n"},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_odd_content_is_refused_at_once(tmp_path, changes):
+    path = saved_with(tmp_path / "m.pt", **changes)
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="m.pt: not a motion-text embedding") as caught:
+        Motion.load(path)
+    assert time.perf_counter() - began < 2 and len(str(caught.value)) < 400
+
+
+def rewritten(path: Path, change, compression: int = zipfile.ZIP_STORED) -> Path:
+    """An embedding's archive whose data.pkl went through `change`."""
+    make().save(path)
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    contents["archive/data.pkl"] = change(contents["archive/data.pkl"])
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    return path
+
+
+def with_step(pickled: bytes, value: bytes) -> bytes:
+    """The pickle with opcodes `value` where the number of steps, 7, was."""
+    before, _, after = pickled.partition(b"stepsq")
+    assert after[1:3] == b"K\x07"
+    return before + b"stepsq" + after[:1] + value + after[3:]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R",  # 64 GB, which weights_only allocates
+        b"ccollections\nOrderedDict\n)R",
+        b"ccollections\nOrderedDict\n)\x81",
+        b"cposix\nsystem\nX\x01\x00\x00\x00a\x85R",
+        b"ctorch\nTensor\n",
+        b"K\x07\x85q\xffh\xff\x86",  # a tuple twice
+        b"K\x07\x85r\xff\xff\xff\x00j\xff\xff\xff\x00\x86",
+        b"X\x01\x00\x00\x00aq\xff\x85q\xffh\xff\x86",  # a text, then a tuple in its place
+        b"K\x070",
+    ],
+    ids=["bytearray", "call", "new", "system", "class", "shared", "shared far", "shared in place of a text", "pop"],
+)
+def test_a_pickle_of_anything_else_is_not_unpickled(tmp_path, value, monkeypatch):
+    path = tmp_path / "m.pt"
+    assert Motion.load(rewritten(path, lambda pickled: with_step(pickled, b"K\x08"))).steps == 8
+    rewritten(path, lambda pickled: with_step(pickled, value))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    with pytest.raises(InputError, match="not a motion-text embedding"):
+        Motion.load(path)
+
+
+def test_an_archive_is_read_only_as_far_as_it_is_an_embeddings(tmp_path):
+    """Compressed or long entries are refused before they are read, and entries of other names are not read."""
+    path = tmp_path / "m.pt"
+    for more, compression in ((0, zipfile.ZIP_DEFLATED), (2**20, zipfile.ZIP_STORED)):
+        rewritten(path, lambda pickled, more=more: pickled + bytes(more), compression)
+        with pytest.raises(InputError, match="not a motion-text embedding"):
+            Motion.load(path)
+    with zipfile.ZipFile(rewritten(path, lambda pickled: pickled), "a") as archive:
+        archive.writestr("archive/DATA.PKL", b"other")
+    assert Motion.load(path).steps == 7
+    with zipfile.ZipFile(path, "a") as archive:
+        for index in range(100):
+            archive.writestr(f"archive/{index}", b"")
+    with pytest.raises(InputError, match="not a motion-text embedding"):
+        Motion.load(path)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_a_file_larger_than_any_embedding_is_not_read(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    make().save(path)
+    with open(path, "ab") as file:
+        file.truncate(2**28)  # of holes
+    for reader in ("_read_archive", "_read_safetensors"):
+        monkeypatch.setattr(module, reader, lambda _: pytest.fail("read"))
+    with pytest.raises(InputError, match="not a motion-text embedding"):
+        Motion.load(path)
+
+
+def test_safetensors_are_held_to_the_same(tmp_path):
+    path = tmp_path / "m.safetensors"
+    make().save(path)
+    with safe_open(path, "pt") as file:
+        tokens, about = file.get_tensor("tokens"), json.loads(file.metadata()["motion"])
+
+    def write(tensors=None, more="", **changes) -> Path:
+        text = json.dumps(about | changes) + more
+        save_file({"tokens": tokens} if tensors is None else tensors, path, {"motion": text})
+        return path
+
+    assert Motion.load(write()).steps == 7
+    for refused in (
+        {"size": [8192, 16]},
+        {"model": "../x"},
+        {"model": ["a"]},
+        {"seed": 1e400},
+        {"steps": 7.0},
+        {"tensors": {"tokens": tokens.half()}},
+        {"tensors": {"tokens": tokens, "more": tokens.clone()}},
+        {"tensors": {}},
+        {"more": " " * 2**20},
+        {"more": "[" * 10**5},
+    ):
+        with pytest.raises(InputError, match="m.safetensors: not a motion-text embedding"):
+            Motion.load(write(**refused))
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def test_saving_refuses_what_loading_would(tmp_path):
+    for changes in (
+        {"tokens": torch.full((F + 1, N, D), torch.nan)},
+        {"tokens": torch.randn(F, N, D)},
+        {"tokens": torch.randn(F + 1, N, D).double()},
+        {"size": (64, 0)},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"model": "a/b"},
+        {"steps": 8, "total_steps": 7},
+        {"fps": float("inf")},
+        {"settings": {str(i): "" for i in range(65)}},
+    ):
+        for name in ("m.pt", "m.safetensors"):
+            with pytest.raises(InputError, match="no embedding that can be saved: "):
+                replace(make(), **changes).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_rate_plan_and_settings_are_kept(tmp_path, name):
+    facts = {"command": "train.py größe.mp4 --lr 0.1", "steps": "7"}
+    motion = replace(make(), fps=29.97, settings=facts, total_steps=1000)
+    motion.save(tmp_path / name)
+    back = Motion.load(tmp_path / name)
+    assert (back.fps, back.settings, back.total_steps) == (29.97, facts, 1000)
+    older = Motion.load(FIXTURES / "embedding-0.1.0.pt")
+    assert (older.fps, older.settings, older.total_steps) == (None, {}, None)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize("character", ["\N{GRINNING FACE}", "\\", '"', "a"])
+def test_whatever_is_saved_can_be_loaded(tmp_path, name, character):
+    """All texts at their longest, of the characters that take most bytes."""
+    keys = [f"{i:02}" + 254 * character for i in range(64)]
+    fingerprint = {key: [-1.2345678901234567e-300] * 64 for key in keys}
+    motion = replace(make(), settings={key: 2000 * character for key in keys}, fingerprint=fingerprint)
+    motion.save(tmp_path / name)
+    back = Motion.load(tmp_path / name)
+    assert back.settings == motion.settings and back.fingerprint == motion.fingerprint
+
+
+def test_settings_are_plain_text_whatever_they_were(tmp_path):
+    """Undecodable names, control characters and endless texts lose no embedding, and reach no terminal."""
+    facts = {"clip": "a\udc80\x1b[2J\n.mp4", "command": "x" * 10**5}
+    replace(make(), settings=facts).save(tmp_path / "m.pt")
+    back = Motion.load(tmp_path / "m.pt").settings
+    assert back == {"clip": r"a\udc80\x1b[2J\n.mp4", "command": "x" * 2000}
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_the_bytes_of_a_file_depend_on_its_content_alone(tmp_path, ending):
+    """Not on its name, nor on which of its equal texts are one object."""
+    one, two = tmp_path / f"one.{ending}", tmp_path / f"another.{ending}"
+    text = "a text"
+    motion = make()
+    motion = replace(motion, settings={motion.model: text, "b": text})
+    motion.save(one)
+    again = motion.model[:2] + motion.model[2:]
+    assert again is not motion.model
+    other = replace(motion, settings={again: text[:2] + text[2:], "b": text})
+    replace(other, tokens=motion.tokens.clone().requires_grad_()).save(two)
+    assert one.read_bytes() == two.read_bytes()
+    Motion.load(one).save(two)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_one_seed_gives_one_file(tmp_path, mini_svd):
+    frames = torch.rand(4, 3, 32, 48) * 2 - 1
+    clip = Clip(frames, 7.0, (0.0, 1.0, 2.0, 3.0), "clip", (48, 32))
+    for name in ("a.pt", "b.pt"):
+        learn(mini_svd, clip, steps=2, num_tokens=2, seed=5).save(tmp_path / name)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_the_model_of_an_embedding_is_never_followed(tmp_path, monkeypatch):
+    """It is data: the name of a file here, a path or an address is neither opened nor fetched."""
+    import sample
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minimti.cli.find_model", lambda *_: pytest.fail("a model was looked for"))
+    Path("here.safetensors").touch()
+    monkeypatch.setattr("sys.argv", ["sample.py", "--emb", "m.pt", "--unconditional"])
+    for model, message in (
+        ("here.safetensors", "m.pt: made with a model called 'here.safetensors'; pass its file or folder as --model"),
+        (str(tmp_path / "here.safetensors"), "model must be a name"),
+        ("http://127.0.0.1:9/model", "model must be a name"),
+        ("stabilityai/stable-video-diffusion-img2vid", "model must be a name"),
+    ):
+        saved_with(Path("m.pt"), model=model)
+        with pytest.raises(InputError, match=message):
+            sample.main()
 
 
 def test_other_files_are_refused(tmp_path):

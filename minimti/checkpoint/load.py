@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minimti.checkpoint.find import folder_paths, locate
+from minimti.checkpoint.find import folder_paths, locate, revision_of
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS, Source, folder_source, official_source
-from minimti.config import SVDConfig, from_json
+from minimti.config import SVDConfig, from_json, printable
 from minimti.io.files import InputError, require_file
 
 # ---------------------------------------------------------------------------------------------- strict filling
@@ -46,7 +46,8 @@ def check(needed: dict[str, Source], shapes: dict[str, tuple[int, ...]], drops: 
     for problem, names in (("lacks", missing), ("holds unknown", unknown), ("has wrong shapes:", wrong)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{where}: not Stable Video Diffusion as expected: {problem} {', '.join(names[:3])}{more}")
+            first = ", ".join(printable(name, 200) for name in names[:3])
+            raise InputError(f"{where}: not Stable Video Diffusion as expected: {problem} {first}{more}")
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -78,22 +79,32 @@ class _Tensors:
     a file is missing or not in this format.
     """
 
+    MAX_HEADER = 2**24  # bytes: names, shapes and metadata, of which official files have 0.3 MB
     REOPEN_BYTES = 2**28  # pages read through a mapping count as this process's memory until the mapping is closed
 
     def __init__(self, paths: dict[str, Path]):
         self.paths = paths
         self.metadata: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self.files: dict[str, Path] = {}
         for prefix, path in paths.items():
             try:
-                with safe_open(require_file(path), framework="pt") as file:
+                with open(require_file(path), "rb") as raw:
+                    if int.from_bytes(raw.read(8), "little") > self.MAX_HEADER:
+                        raise SafetensorError("its header is too long")
+                with safe_open(path, framework="pt") as file:
                     self.metadata |= file.metadata() or {}
                     for name in file.keys():
+                        tensor = file.get_slice(name)
                         self.files[prefix + name] = path
-                        self.shapes[prefix + name] = tuple(file.get_slice(name).get_shape())
+                        self.shapes[prefix + name] = tuple(tensor.get_shape())
+                        self.dtypes[prefix + name] = tensor.get_dtype()
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: not a complete safetensors file ({error})") from error
+                again = "; delete it, and it is downloaded again" if revision_of(path) else ""
+                raise InputError(
+                    f"{path}: not a complete safetensors file ({printable(str(error), 200)}){again}"
+                ) from error
 
     def read(self, names: Iterable[tuple[str, ...]]) -> Iterator[list[Tensor]]:
         """The tensors of each tuple of names, as views of the mapping: keep none of them without a copy."""
@@ -121,20 +132,27 @@ class Checkpoint:
     config: SVDConfig
     tensors: _Tensors
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of files in the cache of huggingface_hub; None for others."""
+        return revision_of(self.path)
 
-def open_checkpoint(model: str) -> Checkpoint:
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """The checkpoint of a name in MODELS, of a single file, or of a diffusers folder; see `find.locate`.
 
     Its configuration is the one in the file's metadata, else that of the official model. Raises InputError where there
     is no such file or it cannot be read.
     """
-    path, config = locate(model)
+    path, config = locate(model, revision=revision)
     tensors = _Tensors(folder_paths(path) if path.is_dir() else {"": path})
     if "config" in tensors.metadata:
         try:
             config = from_json(tensors.metadata["config"])
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: the configuration in its metadata cannot be read ({error})") from error
+            raise InputError(
+                f"{path}: the configuration in its metadata cannot be read ({printable(str(error), 300)})"
+            ) from error
     return Checkpoint(path, config, tensors)
 
 
@@ -156,6 +174,9 @@ def load_into(
         if not any(name.startswith("conditioner.embedders.3.encoder.encoder.") for name in tensors.shapes):
             needed, made = _without_conditioner(needed, config)
     check(needed, tensors.shapes, drops, str(path))
+    for name in {name for source in needed.values() for name in source.names}:
+        if tensors.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
+            raise InputError(f"{path}: {name} holds no weights but {tensors.dtypes[name]}")
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(needed.items(), tensors.read(s.names for s in needed.values())):

@@ -6,6 +6,7 @@ data of a step depends only on seed, stage and step, so the result is bit-identi
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minimti import cli, hardware, pipeline
 from minimti.checkpoint.key_maps import official_source
 from minimti.checkpoint.load import open_checkpoint, sources
-from minimti.config import SVDConfig, to_json
+from minimti.config import SVDConfig, printable, to_json
 from minimti.io import write
 from minimti.io.files import InputError, atomic_write, check_writable, make_folder, require_file
 from minimti.muon import Muon, is_matrix
@@ -40,9 +40,11 @@ from minimti.pretrain.stages import (
 )
 from minimti.world import captions
 from minimti.world.clips import SCENES, check_sizes, pixels
-from minimti.world.scene import Scene, render
+from minimti.world.scene import WORDS, Scene, render
 
 STATE = ("stage", "step", "history", "ema", "optimisers")  # fields of Run in its checkpoint
+OPTIMISER_STATES = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, in `make_optimisers`' order
+COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # of a row of the card
 ENCODED, HELD_OUT = 10**6, 2 * 10**6  # take the place of a stage's number in the seeds of other generators
 
 
@@ -187,17 +189,13 @@ def begin(
         saved = torch.load(require_file(run.path), map_location="cpu", weights_only=True)
         found = {key: saved[key] for key in run.identity}
         if found == run.identity:
-            run.model.load_state_dict(saved["model"])
-            run.records = [Record(**record) for record in saved["records"]]
-            for key in STATE:
-                setattr(run, key, saved[key])
+            restore(run, saved)
+        require(all(type(value) in (str, int, float) for value in found.values()), "identity")
+        other = printable(f"--seed {found['seed']} --scale {found['scale']:g} --stages {found['stages']}", 200)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
     if found != run.identity:
-        raise InputError(
-            f"{folder}: holds a run of --seed {found['seed']} --scale {found['scale']:g}"
-            f" --stages {found['stages']}, or of other sizes; name another --run"
-        )
+        raise InputError(f"{folder}: holds a run of {other}, or of other sizes; name another --run")
     return run
 
 
@@ -208,9 +206,75 @@ def take_up(run: Run, out: Path) -> None:
         raise InputError(f"{checkpoint.path}: of other sizes; train it from its first stage")
     svd = pipeline.load(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     run.model.svd.load_state_dict(svd.state_dict())
-    run.model.words.load_state_dict(captions.load(out / "words.safetensors").state_dict())
-    with safe_open(checkpoint.path, framework="pt") as file:
-        run.history = json.loads(file.metadata()["stages"])
+    words = captions.load(out / "words.safetensors")
+    try:
+        run.model.words.load_state_dict(words.state_dict())
+        run.history = json.loads(checkpoint.tensors.metadata["stages"])
+        check_history(run.history)
+    except Exception as error:  # of a file that was damaged, or written by another program
+        raise InputError(f"{out}: no model that minimti.pretrain wrote; train it from its first stage") from error
+
+
+# ---------------------------------------------------------------------------------------------- damaged files
+
+
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """The state of a checkpoint becomes that of the run.
+
+    Of the optimisers the tensors are taken; their constants are those of the settings. Raises ValueError, or what a
+    wrong type raises, where it is no state that a run can have.
+    """
+    run.model.load_state_dict(saved["model"])
+    run.records = [Record(**record) for record in saved["records"]]
+    for key in STATE:
+        setattr(run, key, saved[key])
+    require(type(run.stage) is int and 0 <= run.stage <= len(run.stages), "stage")
+    planned = [run.steps(stage) for stage in run.stages]
+    steps = planned[run.stage] if run.stage < len(planned) else 0
+    require(type(run.step) is int and 0 <= run.step <= steps, "step")
+    require(all(tensor.isfinite().all() for tensor in run.model.state_dict().values()), "model")
+    check_history(run.history)
+    begun = len(run.records) - run.stage  # 0 or 1; a stage that is stopped before its first step has a record too
+    require(begun == 1 or (begun == 0 and run.step == 0), "records")
+    for record, length in zip(run.records, [*planned[: run.stage], run.step]):
+        numbers = [*record.losses, record.seconds, 0.0 if record.psnr is None else record.psnr]
+        require(type(record.losses) is list and len(record.losses) == length, "losses")
+        require(all(type(number) is float and math.isfinite(number) for number in numbers), "record")
+        require(type(record.hardware) is list and all(type(name) is str for name in record.hardware), "hardware")
+    if run.step == 0:  # averages and optimisers begin with the stage
+        return
+    trainable = run.trainable()
+    run.ema = {name: dense(run.ema[name], p.shape) for name, p in trainable.items()}
+    optimisers = make_optimisers(trainable, run.settings)
+    require(len(run.optimisers) == len(optimisers), "optimisers")
+    for optimiser, kept, names in zip(optimisers, run.optimisers, OPTIMISER_STATES):
+        params, state = optimiser.param_groups[0]["params"], kept["state"]
+        for index, tensors in state.items():
+            require(type(index) is int and 0 <= index < len(params) and tensors.keys() == names, "optimiser")
+            for name, tensor in tensors.items():
+                tensors[name] = dense(tensor, torch.Size() if name == "step" else params[index].shape)
+        kept["param_groups"] = optimiser.state_dict()["param_groups"]
+
+
+def check_history(history: Any) -> None:
+    """Raises ValueError, or what a wrong type raises, for anything but rows of the card."""
+    require(type(history) is list, "history")
+    for row in history:
+        require(row.keys() == COLUMNS and all(type(value) in (str, int, float) for value in row.values()), "row")
+        require(type(row["minutes"]) in (int, float), "minutes")
+
+
+def dense(tensor: Any, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy of a tensor. Raises ValueError where its kind, shape or dtype is another, or it is not finite."""
+    require(type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta, "a dense tensor")
+    require(tensor.shape == shape and tensor.dtype == dtype and bool(tensor.isfinite().all()), f"{dtype} {list(shape)}")
+    return tensor.clone()
+
+
+def require(condition: bool, what: str) -> None:
+    """Raises ValueError with `what` where the condition is not met."""
+    if not condition:
+        raise ValueError(what)
 
 
 @contextmanager
@@ -261,10 +325,33 @@ def encoded_clips(run: Run, kind: str, check: Callable[[], None]) -> EncodedClip
                 chunk = encode_scenes(run.model, kind, rng, run.settings.chunk)
             with atomic_write(path) as part:
                 torch.save({"seconds": time.perf_counter() - start, "tensors": vars(chunk)}, part)
-        saved = torch.load(path, weights_only=True)
-        run.encoding_seconds[kind] += saved["seconds"]
-        parts.append(saved["tensors"].values())
+        seconds, tensors = read_encoded(run, path)
+        run.encoding_seconds[kind] += seconds
+        parts.append(tensors)
     return EncodedClips(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def read_encoded(run: Run, path: Path) -> tuple[float, list[Tensor]]:
+    """The seconds that encoding took, and the tensors of an EncodedClips. Raises InputError for a damaged file."""
+    config, n = run.config, 2 * run.settings.chunk
+    width, height = (length // 2 ** (len(config.vae.ch_mult) - 1) for length in config.size)
+    latent = (config.vae.z_channels, height, width)
+    shapes = {
+        "latents": (n, config.num_frames, *latent),
+        "image": (n, *latent),
+        "embedding": (n, config.image_encoder.embed_dim),
+        "words": (n, captions.NUM_SLOTS),
+    }
+    try:
+        saved = torch.load(require_file(path), map_location="cpu", weights_only=True)
+        seconds, tensors = saved["seconds"], saved["tensors"]
+        require(type(seconds) is float and math.isfinite(seconds) and tensors.keys() == shapes.keys(), "fields")
+        dtypes = {name: torch.int64 if name == "words" else torch.float16 for name in shapes}
+        found = [dense(tensors[name], torch.Size(shape), dtypes[name]) for name, shape in shapes.items()]
+        require(0 <= int(found[-1].min()) and int(found[-1].max()) < len(WORDS), "words")
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise InputError(f"{path}: no encoded clips of this run; delete it, and it is made again") from error
+    return seconds, found
 
 
 def train(run: Run, check: Callable[[], None]) -> None:

@@ -1,7 +1,13 @@
 """Finding and loading official files: every name accounted for, every deviation an error that names it."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +166,46 @@ def test_files_that_are_something_else(small, tmp_path):
         open_checkpoint(str(tmp_path / "nothing"))
 
 
+def test_a_configuration_beyond_any_model_is_refused_before_anything_is_built(tmp_path):
+    path = tmp_path / "config.safetensors"
+    for part, field in (("image_encoder", "layers"), ("unet", "num_res_blocks")):
+        entries = json.loads(to_json(SMALL))
+        entries[part][field] = 10**9
+        save_file({"x": torch.zeros(1)}, path, {"config": json.dumps(entries)})
+        began = time.perf_counter()
+        with pytest.raises(InputError, match=f"cannot be read .{field} is 1000000000, not in 1.."):
+            open_checkpoint(str(path))
+        assert time.perf_counter() - began < 2
+
+
+def test_the_largest_configuration_is_refused_within_seconds(tmp_path):
+    """All that the bounds admit at once: it is described on the meta device and compared with the file's tensors."""
+    unet = replace(SMALL.unet, channel_mult=(64,) * 8, num_res_blocks=8, model_channels=4096, num_head_channels=1)
+    vae = replace(SMALL.vae, ch_mult=(64,) * 8, num_res_blocks=8, ch=4096)
+    tower = replace(SMALL.image_encoder, layers=64, width=16384, head_width=1, image_size=4096, patch_size=1)
+    config = replace(SMALL, unet=unet, vae=vae, image_encoder=tower)
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {"config": to_json(config)})
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="not Stable Video Diffusion as expected: lacks"):
+        load(tmp_path / "w.safetensors")
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize("length", [2**24 + 1, 2**40, 2**64 - 1])
+def test_a_header_longer_than_any_model_has_is_not_read(small, tmp_path, length):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + small.read_bytes()[8:])
+    with pytest.raises(InputError, match="w.safetensors: not a complete safetensors file .its header is too long"):
+        open_checkpoint(str(path))
+
+
+def test_weights_are_numbers_with_a_fraction(small, tmp_path):
+    name = "model.diffusion_model.out.2.bias"
+    path = rewritten(small, tmp_path / "w.safetensors", lambda tensors: tensors.update({name: torch.zeros(4).long()}))
+    with pytest.raises(InputError, match=f"{name} holds no weights but I64"):
+        load(path)
+
+
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
@@ -190,11 +236,12 @@ def hub(tmp_path, monkeypatch):
     cache, downloads = tmp_path / "hub", []
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
-    def download(repository, name):
-        downloads.append((repository, name))
+    def download(repository, name, revision):
+        downloads.append((repository, name) if revision is None else (repository, name, revision))
         return str(in_cache(cache, repository, name))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
     return cache, downloads
 
 
@@ -263,6 +310,44 @@ def test_the_automatic_choice(hub, tmp_path):
     assert downloads == []
 
 
+def test_a_checkpoint_names_its_commit(hub, small):
+    path = in_cache(hub[0], find.REPOSITORIES["svd"], "svd.safetensors")
+    path.write_bytes(small.read_bytes())
+    assert open_checkpoint(str(path)).revision == open_checkpoint("svd", "abc").revision == "abc"
+    assert open_checkpoint(str(small)).revision is None
+    with pytest.raises(InputError, match="--revision abc: only"):
+        open_checkpoint(str(small), "abc")
+
+
+def test_a_revision_is_pinned_in_cache_and_download_but_not_in_weights(hub, tmp_path):
+    cache, downloads = hub
+    repository = find.REPOSITORIES["svd"]
+    (tmp_path / "svd.safetensors").touch()
+    in_cache(cache, repository, "svd.safetensors")
+    assert find.locate("svd", tmp_path)[0] == tmp_path / "svd.safetensors"
+    single = find.locate("svd", tmp_path, "abc")[0]
+    assert single.name == "svd.safetensors" and find.revision_of(single) == "abc" and not downloads
+    find.locate("svd", tmp_path, "v1")
+    assert [revision for *_, revision in downloads] == ["v1"] * 3
+    assert find.revision_of(tmp_path / "svd.safetensors") is None and find.revision_of(Path("svd.safetensors")) is None
+    for other in ("tiny", str(tmp_path / "svd.safetensors")):
+        with pytest.raises(InputError, match="--revision v1: only svd, svd-xt, svd-xt-1-1 have revisions"):
+            find.locate(other, tmp_path, "v1")
+
+
+def test_nothing_but_safetensors_is_looked_for():
+    assert all(name.endswith(".safetensors") for name in (*find.SINGLE_FILES.values(), *find.FOLDER_FILES.values()))
+
+
+def test_files_of_two_commits_are_no_model(hub, tmp_path, monkeypatch):
+    def download(repository, name, revision):
+        return str(tmp_path / "snapshots" / ("new" if name.startswith("vae") else "old") / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(InputError, match="its repository changed during the download; run the same command again"):
+        find.locate("svd", tmp_path)
+
+
 def answer(status: int) -> SimpleNamespace:
     """The part of a response that the library's errors read; its HTTP client differs between versions."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
@@ -271,29 +356,173 @@ def answer(status: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     "error, reason",
     [
-        (GatedRepoError("gated", response=answer(403)), "its licence has not been accepted"),
-        (HfHubHTTPError("unauthorised", response=answer(401)), "its licence has not been accepted"),
-        (HfHubHTTPError("broken", response=answer(503)), "the download failed"),
-        (OSError("no route"), "the download failed"),
+        (GatedRepoError("gated", response=answer(403)), "no access: accept the licence on .* run `hf auth login`"),
+        (HfHubHTTPError("unauthorised", response=answer(401)), "no access: accept the licence on"),
+        (HfHubHTTPError("nothing", response=answer(404)), "has no revision main with unet/"),
+        (HfHubHTTPError("broken", response=answer(503)), "the download from https://huggingface.co failed .*broken"),
+        (OSError("no route"), "the download from https://huggingface.co failed .OSError: no route"),
+        (PermissionError(13, "Permission denied", "/x"), "the cache .* cannot be written .Permission denied.*HF_HOME"),
+        (OSError(28, "No space left on device", "/x"), "the cache .* cannot be written .No space left on device"),
+        (ValueError("header\nBearer hf_abcdef is odd"), "failed .ValueError: header [*]{3} is odd"),
+        (ValueError("a token\x1b hf_abcdef"), r"failed .ValueError: a token\\x1b [*]{3}[)]"),
     ],
+    ids=str,
 )
-def test_a_refused_download_says_what_to_do(hub, tmp_path, monkeypatch, error, reason):
-    def refuse(*args):
+@pytest.mark.parametrize("step", ["get_hf_file_metadata", "hf_hub_download"])
+def test_a_failed_download_gives_its_reason(hub, tmp_path, monkeypatch, step, error, reason):
+    def refuse(*args, **options):
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, step, refuse)
     with pytest.raises(InputError, match=reason) as caught:
         find.locate("svd-xt", tmp_path)
     message = str(caught.value)
-    assert "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt" in message
-    assert "hf auth login" in message and "svd_xt.safetensors" in message and "\n" not in message
+    assert "svd_xt.safetensors from https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt" in message
+    assert ("licence" in message) == ("no access" in message) and "\n" not in message and "hf_abc" not in message
 
 
-def test_offline_says_what_to_do(tmp_path, monkeypatch):
+def test_offline_says_so_at_once(tmp_path, monkeypatch):
     """The library's own error where the network is switched off (conftest.py)."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(InputError, match="the download failed.*put svd.safetensors from there into"):
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="offline mode is enabled.*put svd.safetensors from .* into") as caught:
         find.locate("svd", tmp_path)
+    assert time.perf_counter() - began < 5 and "licence" not in str(caught.value)
+
+
+def test_a_broken_entry_of_the_cache_is_named(hub, tmp_path):
+    cache, _ = hub
+    repository = find.REPOSITORIES["svd"]
+    entry = in_cache(cache, repository, "svd.safetensors").parents[2]
+    (entry / "refs" / "main").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=f"{entry}: broken .UnicodeDecodeError.*delete it, and it is downloaded again"):
+        find.locate("svd", tmp_path)
+    with pytest.warns(UserWarning, match=f"{entry}: broken"):  # other models can be used
+        assert find.automatic(torch.device("cpu"), tmp_path) == "tiny"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "tiny.safetensors").touch()
+    find.locate("tiny", tmp_path)
+
+
+def test_an_incomplete_file_of_the_cache_is_named(hub):
+    path = in_cache(hub[0], find.REPOSITORIES["svd"], "svd.safetensors")
+    with pytest.raises(InputError, match=f"{path}: not a complete safetensors file .*delete it, and it is downloaded"):
+        open_checkpoint(str(path))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub on this machine: what it does with a request depends on the revision in it."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+    BODY = bytes(range(256)) * 2**12 * 12  # 12 MiB; the library takes 10 at a time
+    ranges: list[str] = []
+
+    def do_HEAD(self):
+        status = {"gated": 401, "missing": 404, "busy": 503}.get(self.revision, 200)
+        time.sleep(5 * (self.revision == "silent"))
+        self.answer(status, len(self.BODY))
+
+    def do_GET(self):
+        if not self.revision:  # newer versions ask for more than files
+            return self.answer(404, 0)
+        wanted = self.headers.get("Range", "")
+        self.ranges.append(wanted)
+        body = self.BODY[int(wanted[6:].rstrip("-") or 0) :]
+        self.answer(206 if wanted else 200, len(body))
+        if self.ranges == [""]:  # the first transfer breaks
+            self.wfile.write(body[: 11 * 2**20])
+            self.connection.close()
+        else:
+            self.wfile.write(body)
+
+    @property
+    def revision(self) -> str:
+        return self.path.split("/")[4] if self.path.count("/") > 4 else ""
+
+    def answer(self, status: int, length: int):
+        self.send_response(status)
+        headers = {
+            "X-Repo-Commit": self.COMMIT,
+            "ETag": f'"{self.path.count("/")}{len(self.path)}"',
+            "Content-Length": str(length),
+        }
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_library_with_a_hub_on_this_machine(tmp_path):
+    """Refusals with their reason, a silent hub, a cache that cannot be made, a broken transfer that goes on."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """
+import sys, time
+from pathlib import Path
+from minimti.checkpoint.find import locate
+from minimti.io.files import InputError
+for revision in sys.argv[1:]:
+    began = time.perf_counter()
+    try:
+        print(locate("svd", Path("nowhere"), revision)[0])
+    except InputError as error:
+        print(time.perf_counter() - began < 4, error)
+"""
+
+    def run(home: Path, *revisions: str) -> list[str]:
+        address = f"http://127.0.0.1:{server.server_port}"
+        settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "1"}
+        settings |= {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *revisions],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "hf_secret" not in done.stdout + done.stderr and not done.stderr
+        return done.stdout.splitlines()
+
+    (tmp_path / "file").touch()
+    (unwritable,) = run(tmp_path / "file", "main")
+    assert f"the cache {tmp_path / 'file' / 'hub'} cannot be written (Not a directory)" in unwritable
+    gated, missing, busy, silent, folder, again = run(
+        tmp_path / "home", "gated", "missing", "busy", "silent", "main", Hub.COMMIT
+    )
+    assert "True svd: no access: accept the licence" in gated and "True svd: its repository has no revision" in missing
+    assert "True svd: the download from http://127" in busy and "503" in busy
+    assert "True svd: the download from http://127" in silent and "imeout" in silent
+    assert folder == again and find.revision_of(Path(folder)) == Hub.COMMIT
+    assert all(path.read_bytes() == Hub.BODY for path in find.folder_paths(Path(folder)).values())
+    assert Hub.ranges == ["", f"bytes={10 * 2**20}-", "", ""]
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name, value", [("HF_HUB_ETAG_TIMEOUT", "soon"), ("HF_HUB_DOWNLOAD_TIMEOUT", "1 s")])
+def test_odd_variables_of_the_library_are_named(tmp_path, name, value):
+    code = """
+from pathlib import Path
+from minimti.checkpoint.find import locate
+from minimti.io.files import InputError
+try:
+    locate("svd", Path("nowhere"))
+except InputError as error:
+    print(error)
+print(locate("tiny")[0].name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("huggingface_hub does not start (ValueError:") and name in first and not done.stderr
+    assert second == "tiny.safetensors"
 
 
 def test_sizes_of_an_official_file_are_not_guessed(small, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from official import SMALLER, TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import FEW, SHORT
 
 from minimti import pipeline
@@ -115,6 +115,19 @@ def test_a_finished_model_is_trained_further(finished, tmp_path):
         pretrain(TINY, tmp_path / "other", tmp_path / "out", 0, FEW, ["captions"])
     with pytest.raises(InputError, match="holds a run of --seed 3 --scale 1e-06 --stages captions images"):
         pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["images"])
+
+
+def test_a_damaged_model_is_not_trained_further(finished, tmp_path):
+    _, folder = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    path = tmp_path / "out" / "tiny.safetensors"
+    tensors = load_file(path)
+    about = open_checkpoint(str(path)).tensors.metadata
+    for stages in (None, "no JSON", "[1]", '[{"minutes": 1}]', "{}"):
+        metadata = {"config": about["config"]} | ({} if stages is None else {"stages": stages})
+        save_file(tensors, path, metadata)
+        with pytest.raises(InputError, match="no model that minimti.pretrain wrote; train it from its first stage"):
+            begin(SMALLER, tmp_path / "run", tmp_path / "out", 0, FEW, ["images"])
 
 
 def test_the_embedded_model_can_be_trained_further(tmp_path):

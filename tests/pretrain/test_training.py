@@ -4,6 +4,7 @@ A stage with a linear loss takes the place of networks: under a constant gradien
 learning rate.
 """
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,19 @@ from official import SMALLER
 from PIL import Image
 from small_runs import FEW, SHORT
 
+from minimti.io.files import InputError
 from minimti.pretrain.card import Record, rows
-from minimti.pretrain.run import DEFAULT, Run, begin, encoded_clips, held_out, learning_rate, pretrain, train
+from minimti.pretrain.run import (
+    DEFAULT,
+    Run,
+    begin,
+    encoded_clips,
+    held_out,
+    learning_rate,
+    pretrain,
+    restore,
+    train,
+)
 from minimti.pretrain.stages import STAGES, Stage
 from minimti.world.clips import first_frame, pixels
 from minimti.world.scene import render
@@ -103,6 +115,125 @@ def test_only_the_modules_of_a_stage_are_trained(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="stage linear: the loss of step 1 is not finite"):
         trained(tmp_path, BARE, lambda *_: torch.tensor(float("nan"), requires_grad=True))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> tuple[Run, dict]:
+    """A run that was stopped after two steps of its second stage, and the content of its checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stages = tuple(Stage(name, "a line", linear, 5, 1, ("words", "heads")) for name in ("one", "two"))
+    settings = replace(BARE, stages=stages)
+    run = begin(SMALLER, folder, folder, 0, 1.0, settings=settings)
+    train(run, lambda: None)
+    run.stage, run.step = 1, 0
+    with pytest.raises(KeyboardInterrupt):
+        train(run, lambda: stop_at(run, 2))
+    run.history = rows("make", stages, run.records, {})[:1]
+    run.save()
+    return run, torch.load(run.path, weights_only=True)
+
+
+def stop_at(run: Run, step: int) -> None:
+    if run.step == step:
+        raise KeyboardInterrupt
+
+
+NAN = float("nan")
+DAMAGES = {
+    "no model": lambda s: s.pop("model"),
+    "another tensor in the model": lambda s: s["model"].update(x=torch.zeros(1)),
+    "a model that is not finite": lambda s: s["model"]["heads.0.weight"].fill_(NAN),
+    "a model on no device": lambda s: s["model"].update({"heads.0.bias": torch.zeros(1, device="meta")}),
+    "stage -1": lambda s: s.update(stage=-1),
+    "stage -1 without records": lambda s: s.update(stage=-1, records=[]),
+    "stage 3": lambda s: s.update(stage=3),
+    "stage 1.0": lambda s: s.update(stage=1.0),
+    "an earlier stage": lambda s: s.update(stage=0),
+    "step -10^9": lambda s: s.update(step=-(10**9)),
+    "step 6": lambda s: s.update(step=6),
+    "step 6 with six losses": lambda s: [s.update(step=6), s["records"][1]["losses"].extend([1.0] * 4)],
+    "step 0 with two steps recorded": lambda s: s.update(step=0),
+    "a step in words": lambda s: s.update(step="2"),
+    "history of numbers": lambda s: s.update(history=[1]),
+    "history without a column": lambda s: s["history"][0].pop("loss"),
+    "history with minutes in words": lambda s: s["history"][0].update(minutes="two"),
+    "no records": lambda s: s.update(records=[]),
+    "three records": lambda s: s["records"].append(s["records"][0]),
+    "a record of another kind": lambda s: s["records"][0].update(more=1),
+    "a loss too many": lambda s: s["records"][1]["losses"].append(1.0),
+    "a loss that is no number": lambda s: s["records"][0]["losses"].__setitem__(0, "low"),
+    "a loss that is not finite": lambda s: s["records"][0]["losses"].__setitem__(0, NAN),
+    "seconds in words": lambda s: s["records"][0].update(seconds="3"),
+    "hardware as a number": lambda s: s["records"][0].update(hardware=[3]),
+    "a quality in words": lambda s: s["records"][0].update(psnr="good"),
+    "no averages": lambda s: s.update(ema={}),
+    "an average of another shape": lambda s: s["ema"].update({"heads.0.bias": torch.zeros(1)}),
+    "an average in half precision": lambda s: s["ema"].update({"heads.0.bias": s["ema"]["heads.0.bias"].half()}),
+    "an average that is a number": lambda s: s["ema"].update({"heads.0.bias": 0.0}),
+    "one optimiser": lambda s: s["optimisers"].pop(),
+    "an optimiser without state": lambda s: s["optimisers"][0].pop("state"),
+    "a moment of another shape": lambda s: s["optimisers"][1]["state"][0].update(exp_avg=torch.zeros(3)),
+    "a parameter without a moment": lambda s: s["optimisers"][1]["state"][0].pop("exp_avg"),
+    "state of an unknown parameter": lambda s: s["optimisers"][0]["state"].update({99: {}}),
+    "steps that are not finite": lambda s: s["optimisers"][1]["state"][0].update(step=torch.tensor(NAN)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_no_damaged_state_is_restored(stopped, damage):
+    run, saved = stopped
+    saved = copy.deepcopy(saved)
+    damage(saved)
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)):
+        restore(run, saved)
+
+
+@pytest.mark.parametrize("name, value", [("step", -(10**9)), ("scale", "large"), ("model", None), ("records", 3)])
+def test_a_damaged_checkpoint_is_refused(stopped, tmp_path, name, value):
+    run, saved = stopped
+    torch.save(saved | {name: value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="checkpoint.pt: not a checkpoint of minimti.pretrain; name another --run"):
+        begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=run.settings)
+
+
+def test_a_state_that_is_whole_goes_on(stopped, tmp_path):
+    """The constants of its optimisers are those of the settings, whatever the file says."""
+    run, saved = stopped
+    saved = copy.deepcopy(saved)
+    for optimiser in saved["optimisers"]:
+        optimiser["param_groups"][0].update(lr="high", betas=3, momentum=None)
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    run = begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=run.settings)
+    assert (run.stage, run.step) == (1, 2)
+    train(run, lambda: None)
+    assert len(run.records[1].losses) == 5
+
+
+def test_damaged_clips_are_named(tmp_path):
+    settings = replace(SHORT, num_chunks={"captions": 1})
+    run = begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=settings)
+    whole = encoded_clips(run, "captions", lambda: None)
+    path = tmp_path / "encoded" / "captions-0000.pt"
+    for damage in (
+        {"seconds": "two"},
+        {"seconds": NAN},
+        {"tensors": None},
+        {"tensors": vars(whole) | {"more": torch.zeros(1)}},
+        {"tensors": vars(whole) | {"image": whole.image.float()}},
+        {"tensors": vars(whole) | {"image": whole.image[1:]}},
+        {"tensors": vars(whole) | {"latents": whole.latents * NAN}},
+        {"tensors": vars(whole) | {"words": whole.words + 99}},
+    ):
+        torch.save({"seconds": 1.0, "tensors": vars(whole)} | damage, path)
+        with pytest.raises(
+            InputError, match="captions-0000.pt: no encoded clips of this run; delete it, and it is made"
+        ):
+            encoded_clips(run, "captions", lambda: None)
+    path.write_bytes(b"no")
+    with pytest.raises(InputError, match="no encoded clips of this run"):
+        encoded_clips(run, "captions", lambda: None)
+    path.unlink()
+    assert torch.equal(encoded_clips(run, "captions", lambda: None).latents, whole.latents)
 
 
 def test_a_stopped_stage_is_saved_at_its_last_step(tmp_path):
