@@ -176,7 +176,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except (FloatingPointError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
-        _print_line(prog, "error", str(error).splitlines()[0])
+        _print_line(prog, "error", (str(error) or type(error).__name__).splitlines()[0])
         return 1
     except KeyboardInterrupt:
         _print_line(prog, "error", "interrupted")

@@ -67,6 +67,8 @@ def decode_image(path: str | Path) -> Tensor:
             pixels = _decode(path, image)  # [H, W, 3]
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: is of more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: cannot be read as an image; convert it to PNG or JPEG") from error
     except Exception as error:  # Pillow's readers of damaged files can raise anything
@@ -100,13 +102,13 @@ def _decode(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
     limit = MAX_PIXELS_OF.get(image.format or "", MAX_PIXELS)
     if image.width * image.height > limit or max(image.size) > MAX_SIDE:
         most = f"{limit / 1e6:.0f} megapixels, and {MAX_SIDE} pixels to a side, are the most"
-        raise InputError(f"{path}: is {image.width}x{image.height}; {most}; make it smaller")
+        raise InputError(f"{path}: is of {image.width}x{image.height} pixels; {most}; make it smaller")
     factor = _factor(image)
     image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))  # of JPEG files alone
-    if not isinstance(image, TiffImageFile):  # a PNG may have its EXIF tags after the pixels
-        image.load()
-    upright = UPRIGHT.get(_take_orientation(image))
+    if isinstance(image, TiffImageFile):
+        _drop_tags(image)
     image.load()
+    upright = UPRIGHT.get(_orientation(image))
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise InputError(f"{path}: is an image of mode {image.mode}; convert it to 8 or 16 bits per channel")
     ends, profile, factor = _range(image), _profile(image), _factor(image)
@@ -123,21 +125,24 @@ def _factor(image: Image.Image) -> int:
     return math.ceil(math.sqrt(image.width * image.height / KEPT_PIXELS))
 
 
-def _take_orientation(image: ImageFile.ImageFile) -> int:
-    """The value of the EXIF tag, 1 where it is missing or unreadable.
+def _drop_tags(image: TiffImageFile) -> None:
+    """Removes the tags that Pillow reads while it loads a TIFF and turns it upright, but never needs: some are broken.
 
-    No other tag is read: many are broken, and none matters here. All are removed from a TIFF, which Pillow would turn
-    itself while loading it.
+    What the decoders need is kept elsewhere.
     """
-    orientation = 1
+    with suppress(Exception):
+        image.getexif()  # also keeps the tags that come before one that is beyond the end of the file
+    exif = image.getexif()
+    for tag in set(exif) - {ORIENTATION}:
+        del exif[tag]
+
+
+def _orientation(image: Image.Image) -> int:
+    """The value of the EXIF tag; 1, which is upright, where it is missing or unreadable. No other tag is read."""
     with suppress(Exception):
         value = image.getexif().get(ORIENTATION)
-        orientation = value if isinstance(value, int) else 1
-    if isinstance(image, TiffImageFile):
-        exif = image.getexif()
-        for tag in list(exif):
-            del exif[tag]
-    return orientation
+        return value if isinstance(value, int) else 1
+    return 1
 
 
 def _range(image: ImageFile.ImageFile) -> tuple[int, int]:

@@ -2,16 +2,15 @@
 
 import errno
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disks import files_of_at_most
 
 from minimti.io import files
 from minimti.io.files import (
@@ -192,17 +191,6 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
         assert part.parent.name == ".minimti-other"
     assert (victim / "m.txt").read_text() == "precious" and names(victim) == {"m.txt"}
     assert (tmp_path / "a.txt").read_text() == "new"
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """A limit that every writer meets as it meets a full disk, whatever it is written in."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_without_room_is_named(tmp_path):
