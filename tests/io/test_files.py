@@ -57,6 +57,13 @@ def test_a_link_stays_a_link(tmp_path):
     assert names(tmp_path) == {"target.txt", "link.txt", "dangling.txt", "new.txt"}
 
 
+def test_a_name_may_be_as_long_as_a_file_can_have(tmp_path):
+    for name in ("x" * 255, "x." + "y" * 253, "x" * 251 + ".txt"):
+        with atomic_write(tmp_path / name) as part:
+            part.write_text("whole")
+    assert len(names(tmp_path)) == 3
+
+
 def test_an_input_is_found_or_named(tmp_path):
     (tmp_path / "a.txt").touch()
     assert require_file(str(tmp_path / "a.txt")) == tmp_path / "a.txt"

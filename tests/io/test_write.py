@@ -57,12 +57,12 @@ def test_every_writer_takes_any_name(tmp_path, name):
     """Bytes that are no text, signs that mean something elsewhere, a name as long as can be: the same content."""
     suffix = Path(name).suffix
     odd = [b"\xff\xfe", "日本".encode(), b"a:b", b"-", b"%d", b"a\nb", b"x" * (255 - len(suffix))]
-    folder = os.fsencode(tmp_path) + b"/\xff"
-    os.mkdir(folder)
-    for stem in odd:
-        WRITERS[name](os.fsdecode(folder + b"/" + stem + suffix.encode()))
-    contents = {Path(os.fsdecode(folder), entry).read_bytes() for entry in os.listdir(os.fsdecode(folder))}
-    assert len(os.listdir(folder)) == len(odd) and len(contents) == 1
+    for folder in (os.fsencode(tmp_path) + b"/plain", os.fsencode(tmp_path) + b"/\xff"):
+        os.mkdir(folder)
+        for stem in odd:
+            WRITERS[name](os.fsdecode(folder + b"/" + stem + suffix.encode()))
+        contents = {path.read_bytes() for path in Path(os.fsdecode(folder)).iterdir()}
+        assert len(os.listdir(folder)) == len(odd) and len(contents) == 1
 
 
 @pytest.mark.parametrize("name", WRITERS)
