@@ -81,9 +81,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         target, folder = Path(os.path.realpath(path)), None
         try:
             folder = _private_folder(path)
-            # One letter, for a name no longer than the target's; a constant one, since torch.save puts it into the
-            # file. The suffix tells PyAV and Pillow which format is meant.
-            part = folder / f"m{target.suffix}"
+            # One letter, for a name no longer than that of `path`; a constant one, since torch.save puts it into the
+            # file. The suffix tells PyAV and Pillow which format is meant; a link's target may have another one.
+            part = folder / f"m{Path(path).suffix}"
             yield part
             _permit(part)
             _sync(part)

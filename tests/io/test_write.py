@@ -66,6 +66,14 @@ def test_every_writer_takes_any_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_a_name_says_which_format_is_meant_not_what_it_links_to(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    (tmp_path / f"link{Path(name).suffix}").symlink_to("target.txt")
+    WRITERS[name](tmp_path / f"link{Path(name).suffix}")
+    assert (tmp_path / "target.txt").read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_every_writer_leaves_the_permissions_to_the_umask(tmp_path, name):
     (tmp_path / "new").touch()
     WRITERS[name](tmp_path / name)
