@@ -78,13 +78,14 @@ def decode_image(path: str | Path) -> Tensor:
 
 def _formats(path: Path) -> tuple[str, ...]:
     """The formats that Pillow may take a file for. Raises InputError where what reads it is not installed."""
+    known = tuple(name for name in FORMATS if name != "AVIF" or features.check("avif"))  # Pillow has it since 11.3
     with open(path, "rb") as file:
         head = file.read(64)
     if head[4:8] != b"ftyp":
-        return FORMATS
+        return known
     brands = [head[at : at + 4] for at in range(8, min(len(head), int.from_bytes(head[:4], "big")), 4)]
     if any(brand in AVIF_BRANDS for brand in brands):
-        if not features.check("avif"):
+        if "AVIF" not in known:
             raise InputError(f"{path}: is an AVIF picture; install a Pillow that reads it: pip install -U pillow")
     elif any(brand in HEIC_BRANDS for brand in brands):
         try:
@@ -94,7 +95,7 @@ def _formats(path: Path) -> tuple[str, ...]:
             raise InputError(f"{path}: {message}") from error
         pillow_heif.register_heif_opener()
         return ("HEIF",)
-    return FORMATS
+    return known
 
 
 def _decode(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
