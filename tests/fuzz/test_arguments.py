@@ -28,7 +28,7 @@ from minimti.motion import Motion
 
 pytestmark = pytest.mark.fuzz
 SECONDS = float(os.environ.get("MINIMTI_FUZZ_SECONDS", 30))
-SEED = 0
+SEED = int(os.environ.get("MINIMTI_FUZZ_SEED", 0))
 ODD = ["", " ", "-", "--", "-1", "0", "1", "3", "7.5", "1e9", "-1e400", "nan", "inf", "٣", "1_0", "9" * 5000, "0x10"]
 ODD += ["auto", "cpu", "cuda", "cuda:99", "meta", "float32", "bfloat16", "low", "balanced", "euler", "paper", "muon"]
 ODD += ["64x64", "64X128", "0x0", "-64x64", "100x64", "64x", "x", "1x1x1", "999999x64", "shared", "frames"]

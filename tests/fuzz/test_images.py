@@ -21,7 +21,7 @@ from minimti.io.image import decode_image
 
 pytestmark = pytest.mark.fuzz
 SECONDS = float(os.environ.get("MINIMTI_FUZZ_SECONDS", 30))
-SEED = 0
+SEED = int(os.environ.get("MINIMTI_FUZZ_SEED", 0))
 NUMBERS = (0, 1, 2, 3, 7, 8, 15, 16, 32, 64, 127, 128, 255, *(2**k - 1 for k in (15, 16, 24, 31, 32)), 2**16, 2**31)
 
 
