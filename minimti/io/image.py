@@ -106,9 +106,7 @@ def _decode(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
         raise InputError(f"{path}: is of {image.width}x{image.height} pixels; {most}; make it smaller")
     factor = _factor(image)
     image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))  # of JPEG files alone
-    if isinstance(image, TiffImageFile):
-        _drop_tags(image)
-    image.load()
+    image.load()  # a TIFF then stands upright and has lost its tag
     upright = UPRIGHT.get(_orientation(image))
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise InputError(f"{path}: is an image of mode {image.mode}; convert it to 8 or 16 bits per channel")
@@ -124,18 +122,6 @@ def _decode(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
 def _factor(image: Image.Image) -> int:
     """The whole number by which width and height are divided."""
     return math.ceil(math.sqrt(image.width * image.height / KEPT_PIXELS))
-
-
-def _drop_tags(image: TiffImageFile) -> None:
-    """Removes the tags that Pillow reads while it loads a TIFF and turns it upright, but never needs: some are broken.
-
-    What the decoders need is kept elsewhere.
-    """
-    with suppress(Exception):
-        image.getexif()  # also keeps the tags that come before one that is beyond the end of the file
-    exif = image.getexif()
-    for tag in set(exif) - {ORIENTATION}:
-        del exif[tag]
 
 
 def _orientation(image: Image.Image) -> int:

@@ -195,7 +195,7 @@ def test_broken_tags_are_none(tmp_path, junk):
 
 
 def test_a_broken_tag_of_a_tiff_is_no_error(tmp_path):
-    """Pillow turns a TIFF itself, and reads more for it than it needs."""
+    """Pillow turns a TIFF itself, and reads other tags while it does."""
     for number, (tag, value) in enumerate(((0x8769, 2**31), (0x8825, 2**31), (0x011A, 1e-30), (0x0131, "name"))):
         path = saved(tmp_path / f"{number}.tif", NOISE, tiffinfo={0x0112: 6, tag: value})
         assert (decoded(path) == np.rot90(NOISE, -1)).all()
