@@ -185,25 +185,20 @@ def _exit_code(main: Callable[[], None]) -> int:
 
 
 class _Lasting:
-    """A text stream that goes nowhere from its first failure on, and writes what its encoding lacks as escapes."""
+    """A text stream that drops what nobody can read any more, and writes what its encoding lacks as escapes."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")  # None where the descriptor was closed before the start
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"
-        self._try(lambda: self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
+        with suppress(OSError, ValueError):  # a pipe's reader has ended, a disk is full, the stream was closed
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except (OSError, ValueError):  # the reader of a pipe has ended, a disk is full, the stream was closed
-            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # else the interpreter fails at its end, as it flushes
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
