@@ -4,12 +4,13 @@ Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding
 """
 
 import argparse
+import os
 from collections import Counter
 from pathlib import Path
 
 from minimti import cli
 from minimti.config import MODELS, SOLVERS
-from minimti.io.files import InputError, check_folder, check_writable, make_folder
+from minimti.io.files import InputError, check_folder, check_target, check_writable, make_folder
 
 
 def parse() -> argparse.Namespace:
@@ -59,20 +60,24 @@ def parse() -> argparse.Namespace:
 
 
 def outputs(args: argparse.Namespace, label: str) -> list[Path]:
-    """Where each video goes. Raises InputError where one would replace another, or none can be written."""
+    """Where each video goes.
+
+    Raises InputError where one would replace another or an input, or none can be written.
+    """
     names = [f"{Path(image).stem}_{label}.mp4" for image in args.images] or [f"{label}_unconditional.mp4"]
+    inputs = [*args.images, args.emb or "", args.model if args.model and args.model not in MODELS else ""]
     out = Path(args.out)
     if out.suffix.lower() == ".mp4":
         if len(names) > 1:
             raise InputError(f"--out {out}: one file cannot hold {len(names)} videos; name a folder")
-        return [check_writable(out, *args.images)]
-    if out.is_file() or out.suffix.lower() in (".gif", ".mov", ".webm", ".mkv", ".avi"):
+        return [check_writable(out, *inputs)]
+    if os.path.isfile(out) or out.suffix.lower() in (".gif", ".mov", ".webm", ".mkv", ".avi"):
         raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise InputError(f"{count} images of the same name would all become {name}; sample them apart")
     check_folder(out)
-    return [out / name for name in names]
+    return [check_target(out / name, *inputs) for name in names]
 
 
 def main() -> None:

@@ -4,14 +4,15 @@ Nothing here imports PyTorch, which takes seconds: `--help` and a misspelt optio
 """
 
 import argparse
+import os
 import signal
 import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minimti import __version__
 from minimti.config import DTYPES, MEMORY_MODES, MODELS
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, _line(self.prog, "error", f"{message} (see {self.prog} --help)") + "\n")
 
 
 def integer(minimum: int, maximum: int) -> Callable[[str], int]:
@@ -160,7 +161,15 @@ class Bars:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line."""
+    """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line.
+
+    What the program prints needs no reader: it goes on when a pipe is closed.
+    """
+    with _lasting_output():
+        sys.exit(_exit_code(main))
+
+
+def _exit_code(main: Callable[[], None]) -> int:
     prog = sys.argv[0].rsplit("/", 1)[-1]
     warnings.showwarning = lambda message, *_: _print_line(prog, "warning", str(message))
     try:
@@ -168,16 +177,56 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
     except InputError as error:
         _print_line(prog, "error", str(error))
-        sys.exit(2)
+        return 2
     except (FloatingPointError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
-        _print_line(prog, "error", str(error).splitlines()[0])
-        sys.exit(1)
+        _print_line(prog, "error", (str(error) or type(error).__name__).splitlines()[0])
+        return 1
     except KeyboardInterrupt:
         _print_line(prog, "error", "interrupted")
-        sys.exit(130)
-    sys.exit(0)
+        return 130
+    return 0
+
+
+class _Lasting:
+    """A text stream that drops what nobody can read any more, and writes what its encoding lacks as escapes."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # None where the descriptor was closed before the start
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        with suppress(OSError, ValueError):  # a pipe's reader has ended, a disk is full, the stream was closed
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _lasting_output() -> Iterator[None]:
+    out, error = (cast(TextIO, _Lasting(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(error):
+        try:
+            yield
+        finally:
+            out.flush()
+            error.flush()
+
+
+def printable(text: object) -> str:
+    """Text in which nothing but letters, signs and spaces is left, as in names of files; the rest is escaped.
+
+    A byte that is not in the encoding of file names becomes \\xff or so, a line break \\n.
+    """
+    known = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in known)
 
 
 @contextmanager
@@ -209,4 +258,8 @@ def _interrupt(*_) -> NoReturn:
 
 
 def _print_line(prog: str, kind: str, message: str) -> None:
-    print(f"{prog}: {kind}: {' '.join(message.split())}", file=sys.stderr)
+    print(_line(prog, kind, message), file=sys.stderr)
+
+
+def _line(prog: str, kind: str, message: str) -> str:
+    return printable(f"{prog}: {kind}: {' '.join(message.split())}")

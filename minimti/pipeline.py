@@ -251,7 +251,7 @@ def animate(
         pixels = svd.decode(latents)[0]
     if not pixels.isfinite().all():
         raise FloatingPointError(
-            "the decoded frames hold numbers that are not finite: try --vae-dtype float32; if they stay, the weights are"
-            " damaged"
+            "the decoded frames hold numbers that are not finite: try --vae-dtype float32; if they stay, the weights"
+            " are damaged"
         )
     return to_uint8(pixels)

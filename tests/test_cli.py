@@ -346,7 +346,7 @@ SAMPLE = [
     (["--emb", "code.pt", "img.png"], "code.pt: not a motion-text embedding"),
     (["--emb", "odd.pt", "img.png"], "odd.pt: not a motion-text embedding written by train.py: tokens must be finite"),
     (["--emb", "", "img.png"], "is a folder, not a file"),
-    (["--emb", "m.pt", "deep.png"], "deep.png: is an image of mode I"),
+    (["--emb", "m.pt", "deep.tif"], "deep.tif: is an image of mode I"),
     (["--emb", "m.pt", "img.png", "--model", "other.safetensors"], "the embedding is for model 'small'"),
     (["--emb", "m.pt", "img.png"], "m.pt: made with a model called 'small'; pass its file or folder as --model"),
     (["--emb", "m.pt", "img.png", "copy/img.png", *SMALL_FILE], "2 images of the same name would all become img_m.mp4"),
@@ -372,7 +372,7 @@ def oddities(work):
     for copy in (work / "copy" / "img.png", work / "second.png"):
         Image.open(work / "img.png").save(copy)
     (work / "ref.txt").touch()
-    Image.fromarray(np.zeros((64, 64), np.uint16)).save(work / "deep.png")
+    Image.fromarray(np.zeros((64, 64), np.int32)).save(work / "deep.tif")
     fields = torch.load(work / "m.pt", weights_only=True)
     torch.save(fields | {"tokens": torch.full((1, 2, 48), torch.nan)}, work / "odd.pt")
     (work / "code.pt").write_bytes(pickle.dumps(print))

@@ -1,9 +1,17 @@
 """Errors of input and output files as one line each, and outputs that appear whole or not at all."""
 
+import errno
 import os
+import shutil
+import signal
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+
+MAX_NAME = 255  # bytes of a file's name, on every common file system
 
 
 class InputError(Exception):
@@ -21,67 +29,187 @@ def require_file(path: str | Path) -> Path:
     except IsADirectoryError as error:
         raise InputError(f"{path}: is a folder, not a file") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        raise InputError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def check_target(path: str | Path, *inputs: str | Path) -> Path:
+    """The path of an output, whose folder may still be missing.
+
+    Raises InputError where the name is too long, is that of something else than a regular file, or is that of an input:
+    the same file by whatever name, or an existing file in an input that is a folder.
+    """
+    path = Path(path)
+    try:
+        if len(os.fsencode(path.name)) > MAX_NAME:
+            raise InputError(f"{path}: cannot be written (the name is too long)")
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, not a file")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file")
+        if any(_overwrites(path, Path(other)) for other in inputs if str(other)):
+            raise InputError(f"{path}: is an input; name another file for the output")
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+    return path
 
 
 def check_writable(path: str | Path, *inputs: str | Path) -> Path:
     """The path of an output, to be checked before hours of work.
 
-    Raises InputError where a file cannot be written there, and where the path is one of the `inputs`.
+    Raises InputError as `check_target` does, and where its folder is missing or takes no new file.
     """
-    path = Path(path)
-    if len(os.fsencode(path.name)) > 255:
-        raise InputError(f"{path}: cannot be written (the name is too long)")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, not a file")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a regular file")
-    if path.exists() and any(os.path.exists(other) and path.samefile(other) for other in inputs):
-        raise InputError(f"{path}: is an input; name another file for the output")
-    _, part = _whole_and_part(path)
+    path = check_target(path, *inputs)
     try:
-        part.touch()
-        part.unlink()
+        with uninterrupted():
+            _private_folder(path).rmdir()
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise _unwritable(path, error) from error
     return path
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder to write to.
+    """Yields a temporary path to write to. It has the suffix of `path`.
 
-    If the block succeeds, the temporary file takes the place of `path`; if it fails, the temporary file is removed and
-    `path` stays as it was. Where `path` is a link, the file that it points to is replaced. Raises InputError as
-    `check_writable` does.
+    If the block succeeds, the temporary file takes the place of `path`, and is on the disk before and after a power
+    cut; if it fails, `path` stays as it was. Where `path` is a link, the file that it points to is replaced. Signals
+    that stop a program wait for the end. Raises InputError as `check_writable` does, and where the block or the
+    replacement fails because of the disk, for example because it is full.
     """
-    target, part = _whole_and_part(check_writable(path))
+    with uninterrupted():
+        check_target(path)
+        target, folder = Path(os.path.realpath(path)), None
+        try:
+            folder = _private_folder(path)
+            # One letter, for a name no longer than that of `path`; a constant one, since torch.save puts it into the
+            # file. The suffix tells PyAV and Pillow which format is meant; a link's target may have another one.
+            part = folder / f"m{Path(path).suffix}"
+            yield part
+            _permit(part)
+            _sync(part)
+            os.replace(part, target)
+            with suppress(OSError):  # Windows does not open folders, and some network disks do not sync them
+                _sync(target.parent)
+        except Exception as error:
+            # Libraries have their own exceptions for a full disk; torch.save raises a RuntimeError.
+            if cause := error if isinstance(error, OSError) and error.errno else folder and _failure(folder):
+                raise _unwritable(path, cause) from error
+            raise
+        finally:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folder(path: str | Path) -> Path:
+    """A fresh folder beside the file that is meant, links resolved.
+
+    Its name cannot be guessed and nobody else may write in it: no link can be planted there, and no process of the same
+    number, as other containers have, can choose the same name.
+    """
+    return Path(tempfile.mkdtemp(prefix=".minimti-", dir=os.path.dirname(os.path.realpath(path))))
+
+
+def _permit(part: Path) -> None:
+    """Gives a file the permissions of a new one, as the umask says; safetensors writes files for their owner alone."""
+    fresh = part.with_name("0")
+    fresh.touch()
+    if part.stat().st_mode != fresh.stat().st_mode:
+        part.chmod(fresh.stat().st_mode)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what may be written
     try:
-        yield part
-        os.replace(part, target)
+        os.fsync(descriptor)
     finally:
-        part.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _whole_and_part(path: str | Path) -> tuple[Path, Path]:
-    """The file that is meant, links resolved, and its temporary file."""
-    target = Path(os.path.realpath(path))
-    return target, target.with_name(f".{os.getpid()}.part{target.suffix}")  # PyAV chooses the container by the suffix
+def _failure(folder: Path) -> OSError | None:
+    """What writing a megabyte there raises."""
+    try:
+        with open(folder / "1", "wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _unwritable(path: str | Path, error: Exception) -> InputError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "; make room there, or name a file on another disk" if full else ""
+    return InputError(f"{path}: cannot be written ({_reason(error)}){advice}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _overwrites(output: Path, other: Path) -> bool:
+    """Whether a file written to `output` would take the place of `other`, or of a file in it."""
+    target, source = Path(os.path.realpath(output)), Path(os.path.realpath(other))
+    if not (output.exists() and other.exists()):
+        return target == source
+    return output.samefile(other) or (other.is_dir() and target.is_relative_to(source))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that stop a program (Ctrl-C, SIGTERM, SIGHUP) take effect when the block has ended, however it ends.
+
+    Ignored signals stay ignored. Only the main thread can receive signals; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {int(number): signal.getsignal(number) for number in stops}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    came: list[int] = []
+    ended = False
+
+    def wait(number: int, _: FrameType | None) -> None:
+        if ended:  # and another signal's exception left the loop that gives the handlers back
+            signal.signal(number, handlers[number])
+            signal.raise_signal(number)
+        else:
+            came.append(number)
+
+    try:
+        for number in handlers:
+            signal.signal(number, wait)
+        yield
+    finally:
+        ended = True
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def make_folder(path: str | Path) -> None:
     """Makes a folder and its parents where they do not exist. Raises InputError where that fails."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be made a folder ({_reason(error)})") from error
 
 
 def check_folder(path: str | Path) -> None:
     """Raises InputError where a folder is not there and cannot be made. Makes none."""
-    parent = Path(path).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    reason = "Not a directory" if not parent.is_dir() else "Permission denied"
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    parent, reason = Path(path).absolute(), None
+    try:
+        while not parent.exists():
+            reason = "File name too long" if len(os.fsencode(parent.name)) > MAX_NAME else reason
+            parent = parent.parent
+        if not parent.is_dir():
+            reason = "Not a directory"
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            reason = "Permission denied"
+    except (OSError, ValueError) as error:
+        reason = _reason(error)
+    if reason:
         raise InputError(f"{path}: cannot be made a folder ({reason})")

@@ -1,8 +1,6 @@
-"""Clips and images, written and read back."""
+"""Clips, written and read back."""
 
-import re
 import struct
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -10,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from minimti.config import MODELS
-from minimti.io import image, pixels, video, write
+from minimti.io import pixels, video, write
 from minimti.io.files import InputError
 
 TINY = MODELS["tiny"]
@@ -123,39 +120,6 @@ def test_times_are_counted_from_the_first_frame_of_the_file(tmp_path):
         assert shown(video.decode_clip(tmp_path / name, 3, 0, 0.2, 1)[0], 6) == [0, 2, 5]
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.zeros(4, 3, 64, 64),
-        torch.zeros(1, 4, 3, 64, 64, dtype=torch.uint8),
-        torch.zeros(4, 1, 64, 64, dtype=torch.uint8),
-        torch.zeros(4, 3, 63, 64, dtype=torch.uint8),
-        torch.zeros(4, 3, 64, 63, dtype=torch.uint8),
-    ],
-)
-def test_only_uint8_frames_are_written(tmp_path, tensor):
-    with pytest.raises(ValueError, match=re.escape(f"not {tensor.dtype} {list(tensor.shape)}")):
-        write.write_clip(tmp_path / "a.mp4", tensor, 7)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_same_clip_gives_the_same_bytes(tmp_path):
-    """Reading in between fills the heap with other values: an encoder that looks at memory it never wrote shows."""
-    contents = set()
-    for _ in range(20):
-        write.write_clip(tmp_path / "a.mp4", gradients(14), 7)
-        contents.add((tmp_path / "a.mp4").read_bytes())
-        video.decode_clip(tmp_path / "a.mp4", 14, 0, None, 1)
-    assert len(contents) == 1
-
-
-@pytest.mark.parametrize("fps, rate", [(7, 7), (24, 24), (25.0, 25), (29.97002997, Fraction(30000, 1001))])
-def test_the_rate_is_exact(tmp_path, fps, rate):
-    write.write_clip(tmp_path / "a.mp4", gradients(4), fps)
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        assert container.streams.video[0].average_rate == rate
-
-
 @given(num_frames=st.integers(1, 4), start=st.integers(0, 12), stride=st.integers(1, 4))
 def test_frames_are_chosen_by_time_and_stride(tmp_path_factory, num_frames, start, stride):
     path = tmp_path_factory.mktemp("clip") / "a.mp4"
@@ -209,33 +173,6 @@ def test_unreadable_videos_are_named(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             video.read_clip(tmp_path / name, TINY)
-
-
-def test_images(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(array).save(tmp_path / "a.png")
-    read = image.decode_image(tmp_path / "a.png")
-    assert read.dtype == torch.uint8 and torch.equal(read[0].permute(1, 2, 0), torch.from_numpy(array))
-
-    Image.fromarray(np.dstack([array, np.zeros((20, 30), np.uint8)])).save(tmp_path / "clear.png")
-    assert (image.decode_image(tmp_path / "clear.png") == 255).all()
-
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned clockwise to be upright
-    Image.fromarray(array).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(image.decode_image(tmp_path / "turned.png"), torch.rot90(read, -1, dims=(2, 3)))
-
-    fitted = image.read_image(tmp_path / "a.png", TINY)
-    assert fitted.dtype == torch.float32 and torch.equal(fitted, pixels.fit(read, (64, 64)))
-    assert image.read_image(tmp_path / "a.png", TINY, size=(128, 64)).shape == (1, 3, 64, 128)
-
-    Image.fromarray(array[..., 0].astype(np.int32)).save(tmp_path / "deep.tif")
-    with pytest.raises(InputError, match="is an image of mode I; convert it to 8 bits per channel"):
-        image.read_image(tmp_path / "deep.tif", TINY)
-    for name, content in (("text.png", b"no image"), ("cut.png", (tmp_path / "a.png").read_bytes()[:200])):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read as an image"):
-            image.read_image(tmp_path / name, TINY)
 
 
 @given(

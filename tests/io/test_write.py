@@ -1,0 +1,121 @@
+"""What is written: the same bytes for the same clip, at the exact rate, whole or not at all whatever writes it."""
+
+import os
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from disks import files_of_at_most
+from PIL import Image
+from safetensors.torch import save_file
+
+from minimti.io import video, write
+from minimti.io.files import InputError, atomic_write
+
+NOISE = torch.randint(0, 256, (8, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def save_tensor(path: str | Path) -> None:
+    with atomic_write(path) as part, open(part, "wb") as file:  # by its name, torch 2.6 loses a full disk's last bytes
+        torch.save({"tokens": NOISE}, file)
+
+
+def save_safetensors(path: str | Path) -> None:
+    with atomic_write(path) as part:
+        save_file({"tokens": NOISE}, part)
+
+
+def save_picture(path: str | Path) -> None:
+    write.write_strip(path, NOISE[None] / 127.5 - 1)
+
+
+def save_clip(path: str | Path) -> None:
+    write.write_clip(path, NOISE, 7)
+
+
+WRITERS = {"a.pt": save_tensor, "a.safetensors": save_safetensors, "a.png": save_picture, "a.mp4": save_clip}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_names_a_full_disk(tmp_path, name):
+    """Full at once, later, and when but the end of the file is missing; the file that is there stays."""
+    WRITERS[name](tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for room in (0, 1000, len(whole) // 2, len(whole) - 1):
+        with files_of_at_most(room), pytest.raises(InputError) as info:
+            WRITERS[name](tmp_path / name)
+        assert str(info.value).startswith(f"{tmp_path}/{name}: cannot be written (File too large); make room there")
+        assert (tmp_path / name).read_bytes() == whole and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_takes_any_name(tmp_path, name):
+    """Bytes that are no text, signs that mean something elsewhere, a name as long as can be: the same content."""
+    suffix = Path(name).suffix
+    odd = [b"\xff\xfe", "日本".encode(), b"a:b", b"-", b"%d", b"a\nb", b"x" * (255 - len(suffix))]
+    for folder in (os.fsencode(tmp_path) + b"/plain", os.fsencode(tmp_path) + b"/\xff"):
+        os.mkdir(folder)
+        for stem in odd:
+            WRITERS[name](os.fsdecode(folder + b"/" + stem + suffix.encode()))
+        contents = {path.read_bytes() for path in Path(os.fsdecode(folder)).iterdir()}
+        assert len(os.listdir(folder)) == len(odd) and len(contents) == 1
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_name_says_which_format_is_meant_not_what_it_links_to(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    (tmp_path / f"link{Path(name).suffix}").symlink_to("target.txt")
+    WRITERS[name](tmp_path / f"link{Path(name).suffix}")
+    assert (tmp_path / "target.txt").read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_leaves_the_permissions_to_the_umask(tmp_path, name):
+    (tmp_path / "new").touch()
+    WRITERS[name](tmp_path / name)
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_a_picture_is_that_of_its_strip(tmp_path):
+    save_picture(tmp_path / "a.png")
+    picture = np.array(Image.open(tmp_path / "a.png"))
+    assert (picture == NOISE.permute(2, 0, 3, 1).reshape(64, 8 * 96, 3).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(4, 3, 64, 64),
+        torch.zeros(1, 4, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(4, 1, 64, 64, dtype=torch.uint8),
+        torch.zeros(4, 3, 63, 64, dtype=torch.uint8),
+        torch.zeros(4, 3, 64, 63, dtype=torch.uint8),
+    ],
+)
+def test_only_uint8_frames_are_written(tmp_path, tensor):
+    with pytest.raises(ValueError, match=re.escape(f"not {tensor.dtype} {list(tensor.shape)}")):
+        write.write_clip(tmp_path / "a.mp4", tensor, 7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_clip_gives_the_same_bytes(tmp_path):
+    """Reading in between fills the heap with other values: an encoder that looks at memory it never wrote shows."""
+    y, x, t = torch.meshgrid(torch.linspace(0, 255, 64), torch.linspace(0, 255, 96), torch.arange(14.0), indexing="ij")
+    clip = torch.stack([x, y, 18 * t]).permute(3, 0, 1, 2).byte()  # [14, 3, 64, 96]
+    contents = set()
+    for _ in range(20):
+        write.write_clip(tmp_path / "a.mp4", clip, 7)
+        contents.add((tmp_path / "a.mp4").read_bytes())
+        video.decode_clip(tmp_path / "a.mp4", 14, 0, None, 1)
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("fps, rate", [(7, 7), (24, 24), (25.0, 25), (29.97002997, Fraction(30000, 1001))])
+def test_the_rate_is_exact(tmp_path, fps, rate):
+    write.write_clip(tmp_path / "a.mp4", NOISE[:4], fps)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == rate

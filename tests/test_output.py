@@ -1,0 +1,157 @@
+"""What the programs print, to whom, and where their results go."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from minimti import cli
+from minimti.io.files import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+# A program that reports each of its results when it has written it.
+RESULTS = """if True:
+    import sys
+    from pathlib import Path
+    from minimti import cli
+    def main():
+        for i in range(3):
+            Path(sys.argv[1], f"{i}.txt").write_text("whole")
+            print("result", i, "x" * 100_000)
+            print("progress", file=sys.stderr, flush=True)
+    cli.run(main)
+    """
+
+
+def run(code: str, *args: str | Path, shell: str = '"$@"', **options) -> subprocess.CompletedProcess:
+    """Runs Python code within a line of bash."""
+    command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, **options)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        '"$@" | true',
+        '"$@" | head -c 5',
+        '"$@" 2>&1 | true',
+        '"$@" >&-',
+        '"$@" 2>&-',
+        '"$@" >&- 2>&-',
+        '"$@" > /dev/full',
+        '"$@" 2> /dev/full',
+    ],
+)
+def test_a_closed_pipe_does_not_stop_the_results(tmp_path, shell):
+    done = run(RESULTS, tmp_path, shell=shell)
+    assert done.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.txt", "1.txt", "2.txt"]
+    assert done.stderr in (b"", b"progress\n" * 3)
+
+
+def test_help_may_be_cut_off():
+    code = (
+        "import sample; from minimti import cli; import sys; sys.argv = ['sample.py', '--help']; cli.run(sample.main)"
+    )
+    done = run(code, shell='"$@" | head -n 1')
+    assert done.returncode == 0 and done.stdout.startswith(b"usage: sample.py") and done.stderr == b""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_any_name_can_be_printed(encoding):
+    code = r"""if True:
+        import os, sys
+        from minimti import cli
+        def main():
+            for text in (os.fsdecode(b"\xff.mp4"), "日.mp4", "ä.mp4"):
+                print(text)
+                print(text, file=sys.stderr)
+        cli.run(main)
+        """
+    done = run(code, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"})
+    lines = done.stdout.decode(encoding).splitlines()
+    assert done.returncode == 0 and lines[0] == r"\udcff.mp4"
+    assert lines[1] == ("日.mp4" if encoding == "utf-8" else r"\u65e5.mp4")
+    assert lines[2] == (r"\xe4.mp4" if encoding == "ascii" else "ä.mp4")
+    assert done.stderr.count(b"\n") == 3
+
+
+def test_names_are_escaped():
+    assert cli.printable("plain name ä 日.mp4") == "plain name ä 日.mp4"
+    assert cli.printable(os.fsdecode(b"a\xffb")) == r"a\xffb"
+    assert cli.printable(Path("a\nb\r\t\x1b[31m\u2028")) == r"a\nb\r\t\x1b[31m\u2028"
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\x1b[31mb.png", os.fsdecode(b"\xff\xfe.png"), "a\u2028b.png", "\r.png"])
+def test_an_error_is_one_line_whatever_the_name(name, capsys):
+    def fail():
+        raise InputError(f"{name}: no such file")
+
+    def misuse():
+        cli.Parser("sample.py", None).parse_args([f"--{name}"])
+
+    for main in (fail, misuse):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and len(error.splitlines()) == 1 and error[:-1].isprintable() and error[-1] == "\n"
+
+
+@pytest.mark.parametrize(
+    "error, code", [(OSError("disk"), 1), (OSError(), 1), (FloatingPointError("step 3"), 1), (InputError(""), 2)]
+)
+def test_a_failure_is_one_line(error, code, capsys):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail)
+    assert stop.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+def outputs(images: list[str], out: str = ".", emb: str | None = None, model: str | None = None) -> list[Path]:
+    return sample.outputs(argparse.Namespace(images=images, out=out, emb=emb, model=model), "m")
+
+
+def test_no_result_takes_the_place_of_an_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b_m.mp4", "in.mp4", "model.mp4", "emb.mp4"):  # a name is no promise of what is in a file
+        Path(name).touch()
+    os.link("in.mp4", "hard.mp4")
+    Path("soft.mp4").symlink_to("model.mp4")
+    Path("folder").mkdir()
+    Path("folder/a_m.mp4").symlink_to("../emb.mp4")
+    inputs = {"emb": "emb.mp4", "model": "model.mp4"}
+    for images, out in (
+        (["in.mp4"], "in.mp4"),
+        (["in.mp4"], "hard.mp4"),
+        (["a.png"], "emb.mp4"),
+        (["a.png"], "soft.mp4"),
+        (["a.png"], "model.mp4"),
+        (["a.png"], "folder"),  # a_m.mp4 there
+        (["b.png", "b_m.mp4"], "."),  # a later input
+    ):
+        with pytest.raises(InputError, match="is an input; name another file for the output"):
+            outputs(images, out, **inputs)
+    assert outputs(["a.png", "in.mp4"], "new", **inputs) == [Path("new/a_m.mp4"), Path("new/in_m.mp4")]
+
+
+def test_results_whose_names_cannot_be_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in_m.mp4").mkdir()
+    os.mkfifo("pipe_m.mp4")
+    for image, out, message in (
+        ("x" * 250 + ".png", ".", r"\(the name is too long\)"),
+        ("x" * 250 + ".png", "new", r"\(the name is too long\)"),
+        ("a.png", "x" * 300, r"\(File name too long\)"),
+        ("a.png", "x/" * 3000, r"\(File name too long\)"),
+        ("a.png", "x" * 300 + ".mp4", r"\(the name is too long\)"),
+        ("in.png", ".", "is a folder, not a file"),
+        ("pipe.png", ".", "is not a regular file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            outputs([image], out)
