@@ -30,9 +30,12 @@ DEMUXERS = (
     "yuv4mpegpipe,png_pipe,jpeg_pipe,wav,mp3"
 )
 MAX_PIXELS = 50_000_000  # of a frame; 8K has 33 million. A decoder keeps several frames of four bytes a pixel.
+LIMIT = f"{MAX_PIXELS // 10**6} megapixels a frame"
 MAX_PIPE_BYTES = 4 * 2**30  # a pipe is first copied to a temporary file
 NOT_A_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw streams give no times at all
+# What FFmpeg, PyAV and the file itself raise; the last where a damaged header leads outside of it.
+FAULTS = (av.FFmpegError, OSError, ValueError, OverflowError)
 SAME_TIME = 1e-6  # seconds: times are fractions in the file and are compared as floats
 
 
@@ -67,7 +70,7 @@ class VideoFile:
             self._origin, self.rate = 0.0, 25.0
             time, first = next(self._decoded(container, stream), (0.0, None))
             if first is None:
-                raise InputError(f"{self.path}: has no picture that can be decoded; convert it to mp4 (H.264)")
+                raise InputError(f"{self.path}: has no picture that can be decoded: damaged, or larger than {LIMIT}")
             self._origin = time
             rates = [stream.average_rate, stream.guessed_rate]
             if self._untimed(container) or first.pts is None:
@@ -99,10 +102,14 @@ class VideoFile:
             yield from _deinterlaced(self._decoded(container, stream))
 
     def pixels(self, frame: av.VideoFrame) -> Tensor:
-        """uint8 [3, H, W], upright. Raises InputError where the size differs from the first frame's."""
+        """uint8 [3, H, W], upright.
+
+        Raises InputError where the size differs from the first frame's, and for colours that FFmpeg cannot convert.
+        """
         if (frame.width, frame.height) != self._shape:
             raise InputError(f"{self.path}: its frames change their size; cut it to a part of one size")
-        upright = np.ascontiguousarray(_upright(to_rgb(frame), self._matrix))
+        with self._failures():
+            upright = np.ascontiguousarray(_upright(to_rgb(frame), self._matrix))
         return torch.from_numpy(upright).permute(2, 0, 1)  # [3, H, W]
 
     def notes(self) -> list[str]:
@@ -116,14 +123,25 @@ class VideoFile:
         self._file.seek(0)
         limit = {"max_pixels": str(MAX_PIXELS)}  # for decoders, which begin to work before the size is known here
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "none", **limit}
+        with (
+            self._failures(),
+            av.open(self._file, "r", options=options, metadata_errors="replace") as container,
+        ):
+            # Threads as PyAV sets them. With one for each frame (AUTO) PyAV 17.0 deadlocks now and then where a file is
+            # closed before its end: they need the interpreter that waits for them.
+            stream = self._best(container)
+            stream.codec_context.options = limit
+            yield container, stream
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Makes an InputError of what FFmpeg and PyAV raise in the block."""
         try:
-            with av.open(self._file, "r", options=options, metadata_errors="replace") as container:
-                # Threads as PyAV sets them. With one for each frame (AUTO) PyAV 17.0 deadlocks now and then where a
-                # file is closed before its end: they need the interpreter that waits for them.
-                stream = self._best(container)
-                stream.codec_context.options = limit
-                yield container, stream
-        except (av.FFmpegError, ValueError, OverflowError) as error:
+            yield
+        except av.ArgumentError as error:  # of a format that is not in DEMUXERS, above all
+            formats = "mp4, mov, mkv, webm, avi, ts, gif and the like"
+            raise InputError(f"{self.path}: cannot be read as a video; these can: {formats}") from error
+        except FAULTS as error:
             raise InputError(f"{self.path}: cannot be read as a video ({_reason(error)})") from error
 
     def _best(self, container: InputContainer) -> VideoStream:
@@ -133,8 +151,7 @@ class VideoFile:
             raise InputError(f"{self.path}: has no video stream")
         best = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
         if best.width * best.height > MAX_PIXELS:
-            limit = f"{MAX_PIXELS // 10**6} megapixels"
-            raise InputError(f"{self.path}: {best.width}x{best.height} is more than {limit} a frame; scale it down")
+            raise InputError(f"{self.path}: {best.width}x{best.height} is larger than {LIMIT}; scale it down")
         return best
 
     def _untimed(self, container: InputContainer) -> bool:
@@ -147,7 +164,7 @@ class VideoFile:
         base = stream.time_base or Fraction(1, av.time_base)
         try:
             container.seek(int((self._origin + start) / base), stream=stream)
-        except (av.FFmpegError, OverflowError):
+        except FAULTS:
             return
         yield from _deinterlaced(self._decoded(container, stream, need_times=True))
 
@@ -165,12 +182,14 @@ class VideoFile:
         waiting: deque[int] = deque()  # times of decoding, of packets whose frames have not come yet
         previous, shift = None, 0.0
         for packet in _until_damage(container.demux(stream)):
+            if not packet.size and packet.dts is not None:
+                continue  # the frame before is shown on: AVI; a decoder would take it for the end
             if untimed and packet.dts is not None:
                 waiting.append(packet.dts)
             try:
                 frames = packet.decode()
-            except (av.FFmpegError, ValueError):
-                self.damaged += packet.size > 0
+            except FAULTS:
+                self.damaged += 1
                 frames = []
                 if waiting:
                     waiting.pop()
@@ -199,7 +218,7 @@ def _until_damage(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
             packet = next(packets)
         except StopIteration:
             return
-        except av.FFmpegError:
+        except FAULTS:
             if not count:
                 raise
             return
@@ -279,9 +298,12 @@ def _seekable(path: Path) -> BinaryIO:
     """The open file; a pipe, which can be read once only, as a copy. Raises InputError where it cannot be opened."""
     try:
         file = open(path, "rb")
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISREG(mode):
             return file
         with file:
+            if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                raise InputError(f"{path}: is neither a file nor a pipe")
             copy = tempfile.TemporaryFile()
             try:
                 while copy.tell() < MAX_PIPE_BYTES and (chunk := file.read(2**20)):

@@ -1,5 +1,6 @@
 """Clips: frames of a video, chosen by time, as the networks take them."""
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -19,6 +20,7 @@ from minimti.io.pictures import AnimatedWebP, Pictures, find_pictures, is_webp
 from minimti.io.pixels import check_size, fit, oriented, place
 
 VISIBLE = 8 / 127.5  # in [-1,1] units: a pixel that changes by less, noise may have changed
+COMPLETE = 0.9  # share of the length in a file's header; a file that ends earlier lacks a part
 MOVING = 1e-3  # share of the pixels; where fewer change, nothing moves
 
 
@@ -124,8 +126,10 @@ def read_clip(
             if taken.times[-1] > taken.end + source.tolerance:
                 notes = [_too_short(path, taken, num_frames, start, rate, sample_fps)]
                 taken = _taken(source, _spread(start, taken.last, num_frames), fitted)
+        if source.duration and taken.end < COMPLETE * source.duration:
+            notes.append(f"its pictures end at {taken.end:.2f} s of {source.duration:.2f}: cut off, or damaged")
         notes += source.notes()
-        duration = taken.end if taken.ended else source.duration
+        duration = taken.end if taken.end < math.inf else source.duration
     for problem in (placement.note(), "" if _moves(taken.frames) else "nothing moves in these frames"):
         if problem:
             warnings.warn(f"{path}: {problem}", stacklevel=2)
@@ -179,8 +183,7 @@ class _Taken:
     times: list[float]  # wanted, or with a stride the frames' own
     rate: float | None  # of the file's frames, from the first one that was taken to the last
     last: float  # time of the last frame that was read
-    end: float  # until which it is shown, where it is the file's last
-    ended: bool  # whether it is
+    end: float  # of the file, where it was reached, else infinite
 
 
 class _Frames:
@@ -224,7 +227,7 @@ def _taken(source: Source, times: list[float], fitted: Callable[[Any], Tensor]) 
         take()
     (first_number, first), (last_number, final) = own[0], own[-1]
     rate = (last_number - first_number) / (final - first) if final > first else None
-    return _Taken(frames.all, times, rate, last, last + gap, ended)
+    return _Taken(frames.all, times, rate, last, last + gap if ended else math.inf)
 
 
 def _strided(
@@ -245,7 +248,7 @@ def _strided(
             f" but only {available} are there; start earlier, or lower --stride or --frames"
         )
     rate = (needed - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
-    return _Taken(frames.all, times, rate, times[-1], times[-1], ended=False)
+    return _Taken(frames.all, times, rate, times[-1], math.inf)
 
 
 def _from_shown(timed: Iterator[tuple[float, Any]], start: float) -> Iterator[tuple[float, Any]]:
