@@ -9,8 +9,8 @@ from minimti.io import colour
 
 def grey(signal: float, **tags: int) -> av.VideoFrame:
     """A frame of 16 bits without colour, of one signal in 0..1."""
-    planes = np.full((3, 16, 16), 128 << 8, np.uint16)
-    planes[0] = round((16 + 219 * signal) * 256)
+    planes = np.full((16, 16, 3), 128 << 8, np.uint16)
+    planes[..., 0] = round((16 + 219 * signal) * 256)
     frame = av.VideoFrame.from_ndarray(planes, format="yuv444p16le")
     for name, value in tags.items():
         setattr(frame, name, value)

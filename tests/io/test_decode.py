@@ -15,7 +15,7 @@ import torch
 from footage import encode, gradients, pictures, shown
 
 from minimti.config import MODELS
-from minimti.io import decode, video, write
+from minimti.io import video, write
 from minimti.io.decode import VideoFile
 from minimti.io.files import InputError
 
