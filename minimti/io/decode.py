@@ -36,6 +36,7 @@ NOT_A_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw streams give no times at all
 # What FFmpeg, PyAV and the file itself raise; the last where a damaged header leads outside of it.
 FAULTS = (av.FFmpegError, OSError, ValueError, OverflowError)
+JOINED = 1.0  # seconds: where times fall by more, another recording begins, and its times follow the first one's
 SAME_TIME = 1e-6  # seconds: times are fractions in the file and are compared as floats
 
 
@@ -145,11 +146,13 @@ class VideoFile:
             raise InputError(f"{self.path}: cannot be read as a video ({_reason(error)})") from error
 
     def _best(self, container: InputContainer) -> VideoStream:
-        """The stream that a player would show: no cover picture, marked as default, large."""
+        """The stream that a player would show: no picture (a cover, an AVIF's still), marked as default, large."""
         streams = [s for s in container.streams.video if s.codec_context and not s.disposition & NOT_A_PICTURE]
         if not streams:
             raise InputError(f"{self.path}: has no video stream")
-        best = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
+        best = max(
+            streams, key=lambda s: (s.frames != 1, bool(s.disposition & Disposition.default), s.width * s.height)
+        )
         if best.width * best.height > MAX_PIXELS:
             raise InputError(f"{self.path}: {best.width}x{best.height} is larger than {LIMIT}; scale it down")
         return best
@@ -203,11 +206,11 @@ class VideoFile:
                     return
                 following = 0.0 if previous is None else previous + 1 / self.rate
                 time = following if time is None else time + shift
-                if previous is not None and time < previous:  # recordings that were joined begin again
+                if previous is not None and time < previous - JOINED:
                     shift += following - time
                     time = following
-                previous = time
-                yield time, frame
+                previous = time if previous is None else max(previous, time)
+                yield previous, frame
 
 
 def _until_damage(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:

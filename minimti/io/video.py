@@ -102,30 +102,15 @@ def read_clip(
     """
     path = Path(path)
     num_frames = config.num_frames if num_frames is None else num_frames
-    model_fps = config.micro.fps_id + 1
-    _check_choice(start, end, sample_fps, stride)
-    with _open(path, sample_fps or model_fps) as source:
+    choice = _Choice(num_frames, start, end, sample_fps, stride, config.micro.fps_id + 1)
+    with _open(path, choice.rate) as source:
         target = check_size(size or oriented(config.size, source.size[0] * source.pixel_aspect, source.size[1]), config)
         placement = place(source.size, target, how, center, source.pixel_aspect)
 
         def fitted(frame: Any) -> Tensor:
             return fit(source.pixels(frame)[None], target, placement)[0]  # [3, height, width]
 
-        notes = []
-        if stride is not None:
-            taken = _strided(path, source, num_frames, start, stride, fitted)
-        elif end is not None:
-            taken = _taken(source, _spread(start, end, num_frames), fitted)
-            if taken.times[-1] > taken.end + source.tolerance:
-                raise InputError(f"{path}: ends at {taken.end:.3f} s, before --end {end:g}; choose an earlier end")
-        else:
-            rate = sample_fps or model_fps
-            taken = _taken(source, [start + k / rate for k in range(num_frames)], fitted)
-            if start > taken.end + source.tolerance:
-                raise InputError(f"{path}: ends at {taken.end:.3f} s, before --start {start:g}; start earlier")
-            if taken.times[-1] > taken.end + source.tolerance:
-                notes = [_too_short(path, taken, num_frames, start, rate, sample_fps)]
-                taken = _taken(source, _spread(start, taken.last, num_frames), fitted)
+        taken, notes = _choose(path, source, choice, fitted)
         if source.duration and taken.end < COMPLETE * source.duration:
             notes.append(f"its pictures end at {taken.end:.2f} s of {source.duration:.2f}: cut off, or damaged")
         notes += source.notes()
@@ -162,17 +147,60 @@ def _open(path: Path, rate: float) -> Any:
     return AnimatedWebP(path) if is_webp(path) else VideoFile(path)
 
 
-def _check_choice(start: float, end: float | None, sample_fps: float | None, stride: int | None) -> None:
-    given = {"--end": end, "--sample-fps": sample_fps, "--stride": stride}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise InputError(f"{' and '.join(names)}: each of them says which frames to take; leave all but one out")
-    if end is not None and end <= start:
-        raise InputError(f"--end {end:g}: must be later than the start, {start:g} s")
+@dataclass(frozen=True)
+class _Choice:
+    """Which frames are to be taken. Raises InputError where that is no choice."""
+
+    num_frames: int
+    start: float
+    end: float | None
+    sample_fps: float | None
+    stride: int | None
+    model_fps: float
+
+    def __post_init__(self) -> None:
+        given = {"--end": self.end, "--sample-fps": self.sample_fps, "--stride": self.stride}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise InputError(f"{' and '.join(names)}: each of them says which frames to take; leave all but one out")
+        if self.end is not None and self.end <= self.start:
+            raise InputError(f"--end {self.end:g}: must be later than the start, {self.start:g} s")
+
+    @property
+    def rate(self) -> float:
+        return self.sample_fps or self.model_fps
+
+    def spread(self, end: float) -> list[float]:
+        """Times from the start to `end`."""
+        return [self.start + (end - self.start) * k / max(self.num_frames - 1, 1) for k in range(self.num_frames)]
+
+    def at_rate(self) -> list[float]:
+        """Times from the start on."""
+        return [self.start + k / self.rate for k in range(self.num_frames)]
 
 
-def _spread(start: float, end: float, count: int) -> list[float]:
-    return [start + (end - start) * k / max(count - 1, 1) for k in range(count)]
+def _choose(path: Path, source: Source, choice: _Choice, fitted: Callable[[Any], Tensor]) -> "tuple[_Taken, list[str]]":
+    """The frames of a choice, and notes on it. Raises InputError where the file ends too early."""
+    if choice.stride is not None:
+        return _strided(path, source, choice.num_frames, choice.start, choice.stride, fitted), []
+    if choice.end is not None:
+        taken = _taken(source, choice.spread(choice.end), fitted)
+        if choice.end > taken.end + source.tolerance:
+            raise InputError(f"{path}: ends at {taken.end:.3f} s, before --end {choice.end:g}; choose an earlier end")
+        return taken, []
+    taken = _taken(source, choice.at_rate(), fitted)
+    if choice.start > taken.end + source.tolerance:
+        raise InputError(f"{path}: ends at {taken.end:.3f} s, before --start {choice.start:g}; start earlier")
+    if taken.times[-1] <= taken.end + source.tolerance:
+        return taken, []
+    need = f"{choice.num_frames} frames at {choice.rate:g} fps from {choice.start:g} s end at {taken.times[-1]:.2f} s"
+    if choice.sample_fps is not None:
+        raise InputError(f"{path}: {need}, but the file at {taken.end:.2f} s; raise --sample-fps or lower --frames")
+    if taken.last <= choice.start:
+        raise InputError(f"{path}: only one frame is there from {choice.start:g} s on; a clip needs at least two")
+    fps = (choice.num_frames - 1) / (taken.last - choice.start)
+    note = f"{need}, but the file at {taken.end:.2f} s: spread over its whole length, at {fps:.3g} fps"
+    return _taken(source, choice.spread(taken.last), fitted), [note]
 
 
 @dataclass
@@ -260,17 +288,6 @@ def _from_shown(timed: Iterator[tuple[float, Any]], start: float) -> Iterator[tu
         shown = (time, frame)
     if shown:
         yield shown
-
-
-def _too_short(path: Path, taken: _Taken, num_frames: int, start: float, rate: float, wanted: float | None) -> str:
-    """The note on a clip that is spread over its length. Raises InputError where it cannot be or must not be."""
-    need = f"{num_frames} frames at {rate:g} fps from {start:g} s end at {taken.times[-1]:.2f} s"
-    if wanted is not None:
-        raise InputError(f"{path}: {need}, but the file at {taken.end:.2f} s; raise --sample-fps or lower --frames")
-    if taken.last <= start:
-        raise InputError(f"{path}: only one frame is there from {start:g} s on; a clip needs at least two")
-    fps = (num_frames - 1) / (taken.last - start)
-    return f"{need}, but the file at {taken.end:.2f} s: spread over its whole length, at {fps:.3g} fps"
 
 
 def _moves(frames: Tensor) -> bool:
