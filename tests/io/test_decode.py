@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from footage import encode, gradients, pictures, shown
 from PIL import Image, features
 
@@ -92,7 +93,7 @@ def test_of_several_films_the_default_is_taken_else_the_largest(tmp_path):
             for index, (height, width) in enumerate([(32, 48), (64, 96), (48, 64)]):
                 stream = container.add_stream("mpeg4", rate=7)
                 stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-                stream.disposition = av.stream.Disposition.default if index == default else 0
+                stream.disposition = Disposition.default if index == default else 0
             for packets in range(3):
                 for stream in container.streams.video:
                     picture = np.full((stream.height, stream.width, 3), 80 * packets, np.uint8)
@@ -234,6 +235,20 @@ def test_unreadable_videos_are_named(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             video.read_clip(tmp_path / name, TINY)
+
+
+def test_a_song_with_a_cover_is_no_clip(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000, layout="mono"), container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        container.mux([*cover.encode(picture), *cover.encode()])
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux([*sound.encode(frame), *sound.encode()])
+    with pytest.raises(InputError, match="has no video stream"):
+        video.read_clip(tmp_path / "a.mp4", TINY)
 
 
 def test_a_film_that_is_cut_off_is_read_to_there_with_a_note(tmp_path):
