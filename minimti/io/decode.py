@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from minimti.io.colour import to_rgb
+from minimti.io.deinterlace import deinterlaced
 from minimti.io.files import InputError
 
 # Containers and raw streams that hold their own pictures. Playlists, scripts, numbered pictures, devices and text, all
@@ -100,7 +101,7 @@ class VideoFile:
                         yield from timed
                         return
         with self._opened() as (container, stream):
-            yield from _deinterlaced(self._decoded(container, stream))
+            yield from deinterlaced(self._decoded(container, stream))
 
     def pixels(self, frame: av.VideoFrame) -> Tensor:
         """uint8 [3, H, W], upright.
@@ -169,7 +170,7 @@ class VideoFile:
             container.seek(int((self._origin + start) / base), stream=stream)
         except FAULTS:
             return
-        yield from _deinterlaced(self._decoded(container, stream, need_times=True))
+        yield from deinterlaced(self._decoded(container, stream, need_times=True))
 
     def _decoded(
         self, container: InputContainer, stream: VideoStream, need_times: bool = False
@@ -227,49 +228,6 @@ def _until_damage(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
             return
         count += 1
         yield packet
-
-
-def _deinterlaced(timed: Iterator[tuple[float, av.VideoFrame]]) -> Iterator[tuple[float, av.VideoFrame]]:
-    """One whole frame for each interlaced one (bwdif), at the same time; others as they are."""
-    graph: av.filter.Graph | None = None
-    times: deque[float] = deque()  # of the frames in the graph, which holds back one
-    shape: tuple[int, int, str] | None = None
-    for time, frame in timed:
-        this = (frame.width, frame.height, frame.format.name)
-        if graph and this != shape:
-            yield from _flushed(graph, times)
-            graph = None
-        if not graph and not frame.interlaced_frame:
-            yield time, frame
-            continue
-        if not graph:
-            shape = this
-            graph = av.filter.Graph()
-            source = graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
-            )
-            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
-            graph.configure()
-        times.append(time)
-        frame.pts, frame.time_base = len(times), Fraction(1, 1000)
-        graph.vpush(frame)
-        yield from _pulled(graph, times)
-    if graph:
-        yield from _flushed(graph, times)
-
-
-def _flushed(graph: av.filter.Graph, times: deque[float]) -> Iterator[tuple[float, av.VideoFrame]]:
-    graph.vpush(None)
-    yield from _pulled(graph, times)
-
-
-def _pulled(graph: av.filter.Graph, times: deque[float]) -> Iterator[tuple[float, av.VideoFrame]]:
-    while times:
-        try:
-            frame = graph.vpull()
-        except (av.BlockingIOError, av.EOFError):
-            return
-        yield times.popleft(), frame
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
