@@ -4,9 +4,11 @@ MINIMTI_FUZZ_SECONDS  how long (default: 30)
 MINIMTI_FUZZ_SEED     which mutations (default: 0)
 """
 
+import json
 import os
 import random
 import resource
+import select
 import signal
 import sys
 import time
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.fuzz
 
 SECONDS = float(os.environ.get("MINIMTI_FUZZ_SECONDS", "30"))
 SEED = int(os.environ.get("MINIMTI_FUZZ_SEED", "0"))
+BATCH = 40  # files for one process
 HANG = 20  # seconds for one file
 MEMORY = 2**30  # bytes above those of the program itself
 INTERESTING = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 10**6, 65536]
@@ -114,38 +117,43 @@ def outcome(path: Path, options: dict) -> str:
     return "frames" if good else "frames that are none"
 
 
-def child(path: Path, options: dict, report: int) -> None:
-    """Reads one file, and writes the outcome and the peak of memory to a pipe."""
-    try:
-        warnings.simplefilter("ignore")
-        text = outcome(path, options)
-    except BaseException:
-        text = traceback.format_exc()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    os.write(report, f"{peak} {text[-3000:]}".encode())
+Job = tuple[Path, dict]
+
+
+def child(jobs: list[Job], report: int) -> None:
+    """Reads files, and writes each one's outcome and the peak of memory so far to a pipe, a line each."""
+    warnings.simplefilter("ignore")
+    for path, options in jobs:
+        try:
+            text = outcome(path, options)
+        except BaseException:
+            text = traceback.format_exc()[-2000:]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        os.write(report, json.dumps([text, peak]).encode() + b"\n")
     os._exit(0)
 
 
-def read_in_child(path: Path, options: dict) -> tuple[str, int]:
-    """Outcome and peak of memory in a process of its own: a crash or a hang ends this one alone."""
-    receive, report = os.pipe()
-    if (process := os.fork()) == 0:
-        child(path, options, report)
-    os.close(report)
-    began = time.monotonic()
-    while os.waitpid(process, os.WNOHANG) == (0, 0):
-        if time.monotonic() - began > HANG:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            os.close(receive)
-            return "hang", 0
-        time.sleep(0.001)
-    with open(receive, "rb") as pipe:
-        peak, _, text = pipe.read().decode(errors="replace").partition(" ")
-    return (text, int(peak)) if text else ("crash", 0)
+def outcomes(jobs: list[Job]) -> list[tuple[str, int]]:
+    """Outcomes and peaks of memory, from other processes: a crash or a hang ends one of those alone."""
+    found: list[tuple[str, int]] = []
+    while len(found) < len(jobs):
+        receive, report = os.pipe()
+        if (process := os.fork()) == 0:
+            child(jobs[len(found) :], report)
+        os.close(report)
+        with open(receive, "rb", buffering=0) as pipe:
+            while ready := select.select([pipe], [], [], HANG)[0]:
+                if not (line := pipe.readline()):
+                    break
+                found.append(tuple(json.loads(line)))
+        os.kill(process, signal.SIGKILL)  # it may have ended by itself
+        os.waitpid(process, 0)
+        if len(found) < len(jobs):
+            found.append(("crash" if ready else "hang", 0))
+    return found
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="each file is read in a process of its own")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="files are read in processes of their own")
 def test_damaged_videos_are_frames_or_one_line(tmp_path):
     files = corpus(tmp_path)
     for name in files:  # whole ones are read
@@ -156,20 +164,23 @@ def test_damaged_videos_are_frames_or_one_line(tmp_path):
     draw, counts, faults = random.Random(SEED), Counter(), []
     began, number, largest = time.monotonic(), 0, 0
     while time.monotonic() - began < SECONDS:
-        name = draw.choice(list(files))
-        kind, content = mutated(files[name], list(files.values()), draw)
-        options = draw.choice(OPTIONS)
-        path = tmp_path / f"damaged{Path(name).suffix}"
-        path.write_bytes(content)
-        text, peak = read_in_child(path, options)
-        largest = max(largest, peak - base)
-        if peak - base > MEMORY:
-            text = f"{(peak - base) / 2**20:.0f} MiB"
-        if text not in ("frames", "refused"):
-            faults.append(f"{number} {name} {kind} {options}: {text}")
-            (kept / f"{SEED}_{number}_{kind}_{name}").write_bytes(content)
-        counts[text if text in ("frames", "refused") else "fault"] += 1
-        number += 1
+        jobs, kinds = [], []
+        for slot in range(BATCH):
+            name = draw.choice(list(files))
+            kind, content = mutated(files[name], list(files.values()), draw)
+            path = tmp_path / f"{slot}{Path(name).suffix}"
+            path.write_bytes(content)
+            jobs.append((path, draw.choice(OPTIONS)))
+            kinds.append(f"{kind}_{name}")
+        for (path, options), kind, (text, peak) in zip(jobs, kinds, outcomes(jobs)):
+            largest = max(largest, peak - base)
+            if peak - base > MEMORY:
+                text = f"{(peak - base) / 2**20:.0f} MiB"
+            if text not in ("frames", "refused"):
+                faults.append(f"{number} {kind} {options}: {text}")
+                (kept / f"{SEED}_{number}_{kind}").write_bytes(path.read_bytes())
+            counts[text if text in ("frames", "refused") else "fault"] += 1
+            number += 1
     print(f"{number} files, seed {SEED}: {dict(counts)}, at most {largest / 2**20:.0f} MiB", file=sys.stderr)
     assert not faults, "\n".join(faults[:20])
     assert counts["frames"] > number / 20 and counts["refused"] > number / 20  # neither is trivial
