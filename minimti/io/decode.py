@@ -186,8 +186,6 @@ class VideoFile:
         waiting: deque[int] = deque()  # times of decoding, of packets whose frames have not come yet
         previous, shift = None, 0.0
         for packet in _until_damage(container.demux(stream)):
-            if not packet.size and packet.dts is not None:
-                continue  # the frame before is shown on: AVI; a decoder would take it for the end
             if untimed and packet.dts is not None:
                 waiting.append(packet.dts)
             try:

@@ -78,6 +78,14 @@ def test_recordings_that_were_joined_go_on(tmp_path):
     assert all(abs(number - k) <= 1 for k, number in enumerate(numbers))  # neighbours look alike
 
 
+def test_empty_packets_hold_the_frame_before(tmp_path):
+    """An AVI has no other way to say that nothing new is shown."""
+    encode(tmp_path / "a.avi", gradients(6), 10, "mpeg4", times=[0, 1, 2, 8, 9, 10])
+    with VideoFile(tmp_path / "a.avi") as source:
+        assert [time for time, _ in source.frames(0)] == pytest.approx([0, 0.1, 0.2, 0.8, 0.9, 1.0])
+    assert shown(video.read_clip(tmp_path / "a.avi", TINY, num_frames=6, end=1).frames, 6) == [0, 2, 2, 2, 3, 5]
+
+
 def test_a_change_of_size_is_refused_where_it_matters(tmp_path):
     encode(tmp_path / "a.ts", gradients(6), 10, "mpeg2video")
     encode(tmp_path / "b.ts", gradients(6, 96, 128), 10, "mpeg2video")
