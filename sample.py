@@ -5,6 +5,7 @@ Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding
 
 import argparse
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -19,8 +20,8 @@ def parse() -> argparse.Namespace:
     motion = parser.add_argument_group("motion and images").add_argument
     motion("images", nargs="*", metavar="IMAGE", help="images to animate, one video each")
     motion("--emb", metavar="FILE", help="the embedding that train.py wrote")
-    size = "crop and resize the images to it (default: the embedding's, else the model's)"
-    motion("--size", type=cli.size, metavar="WxH", help=size)
+    size = "size of the videos (default: the embedding's, else the model's; upright for a portrait image)"
+    cli.add_fit_arguments(motion, size)
     alone = "the motion alone, without the image (guidance 1 to 10 unless given)"
     motion("--unconditional", action="store_true", help=alone)
 
@@ -87,7 +88,7 @@ def main() -> None:
 
     from minimti import Motion, animate, write_clip
     from minimti.io.image import decode_image
-    from minimti.io.pixels import check_size, fit
+    from minimti.io.pixels import check_size, cut, fit, oriented, place
 
     motion = None if args.emb is None else Motion.load(args.emb)
     if not args.images and not (args.unconditional and motion):
@@ -102,8 +103,18 @@ def main() -> None:
     config = checkpoint.config
     if motion:
         motion.check_fits(config)
-    size = check_size(args.size or (motion.size if motion else config.size), config)
-    images = [fit(pixels, size) for pixels in decoded] or [torch.zeros(1, 3, *size[::-1])]
+    default = motion.size if motion else config.size
+    placements, images = [], []
+    for path, pixels in zip(args.images, decoded):
+        have = (pixels.shape[-1], pixels.shape[-2])
+        size = check_size(args.size or oriented(default, *have), config)  # an image decides whether it is upright
+        placements.append(place(have, size, args.fit, tuple(args.crop_center)))
+        images.append(fit(pixels, size, placements[-1]))
+        if note := placements[-1].note():
+            warnings.warn(f"{path}: {note}", stacklevel=1)
+    if not images:
+        size = check_size(args.size or default, config)
+        placements, images = [place(size, size)], [torch.zeros(1, 3, *size[::-1])]
     paths = outputs(args, Path(args.emb).stem if motion else config.name)
 
     micro = cli.overridden(
@@ -113,19 +124,22 @@ def main() -> None:
         cond_aug=args.noise_aug,
     )
 
+    # It plays as fast as the clip was taken; what the model is conditioned on stays as it was trained.
+    fps = args.fps or (motion.fps if motion else None) or micro.fps_id + 1
+
     svd = cli.load_model(args, checkpoint, device)
     if motion:
         svd.release("image_encoder")  # the tokens take the place of its embedding
     make_folder(paths[0].parent)
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
     options |= {"seed": args.seed, "micro": micro, "unconditional": args.unconditional, "memory": args.memory}
-    for image, path in zip(images, paths):
+    for image, placement, path in zip(images, placements, paths):
         bars = cli.Bars(path.stem)
-        video = animate(svd, motion, image, progress=bars, **options)
+        video = cut(animate(svd, motion, image, progress=bars, **options), placement)
         bars.close()
-        write_clip(path, video, micro.fps_id + 1)
+        write_clip(path, video, fps)
         height, width = video.shape[-2:]
-        print(f"video  {path}: {len(video)} frames, {width}x{height}, {micro.fps_id + 1} fps, seed {args.seed}")
+        print(f"video  {cli.printable(path)}: {len(video)} frames, {width}x{height}, {fps:.4g} fps, seed {args.seed}")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,38 @@
 
 import argparse
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimti import cli
 from minimti.config import NUM_TOKENS, RECIPES
-from minimti.io.files import check_writable, require_file
+from minimti.io.files import check_writable
+
+if TYPE_CHECKING:
+    from minimti.config import SVDConfig
+    from minimti.io.video import Clip
+
+STRIP_HEIGHT = 160  # of a frame in the picture of --dry-run, at most, in pixels
 
 
 def parse() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = cli.Parser(prog="train.py", description=__doc__)
     clip = parser.add_argument_group("clip").add_argument
-    clip("video", metavar="VIDEO", help="the clip whose motion is learned")
-    clip(
-        "--start", type=cli.number(0, 1e6), default=0.0, metavar="SECONDS", help="time of the first frame (default: 0)"
-    )
-    clip("--end", type=cli.number(0, 1e6), metavar="SECONDS", help="spread the frames evenly from --start to here")
-    clip("--stride", type=cli.integer(1, 10**6), default=1, metavar="K", help="take every K-th frame (default: 1)")
+    what = "the clip whose motion is learned: a video file, a pipe, a folder of pictures, or a pattern ('walk/*.png')"
+    clip("video", metavar="CLIP", help=what)
+    start = "when the clip begins, as 3.5, 0:03.5 or 1:02:03.5 (default: 0)"
+    clip("--start", type=cli.seconds, default=0.0, metavar="TIME", help=start)
+    clip("--end", type=cli.seconds, metavar="TIME", help="spread the frames evenly from --start to here")
+    rate = "frames that are taken per second (default: the model's rate, 7: 14 frames of svd are 2 seconds)"
+    clip("--sample-fps", type=cli.number(0.001, 1000), metavar="FPS", help=rate)
+    clip("--stride", type=cli.integer(1, 10**6), metavar="K", help="take every K-th frame, whatever its time")
     clip("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
-    clip("--size", type=cli.size, metavar="WxH", help="crop and resize to it (default: the model's, 1024x576 for svd)")
+    size = "size to learn at (default: the model's, 1024x576 for svd; upright for a portrait clip)"
+    cli.add_fit_arguments(clip, size)
     clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
+    dry = "read and check the clip, draw the frames that would be learned beside --out, and stop there"
+    clip("--dry-run", action="store_true", help=dry)
 
     group = parser.add_argument_group("learning")
     learning = group.add_argument
@@ -56,13 +69,65 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read(args: argparse.Namespace, config: "SVDConfig") -> "Clip":
+    """The clip that the arguments describe, for a model; prints what was taken. Raises InputError."""
+    from minimti import read_clip
+
+    clip = read_clip(
+        args.video,
+        config,
+        num_frames=args.frames,
+        start=args.start,
+        end=args.end,
+        sample_fps=args.sample_fps,
+        stride=args.stride,
+        size=args.size,
+        how=args.fit,
+        center=tuple(args.crop_center),
+    )
+    height, width = clip.frames.shape[-2:]
+    sizes = f"{clip.source_size[0]}x{clip.source_size[1]} fitted to {width}x{height}"
+    print(f"reference  {clip.source}: {len(clip.times)} frames, {sizes}")
+    print(f"           {clip.about()}")
+    for note in clip.notes:
+        print(f"note       {note}")
+    return clip
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Reads and checks the clip, and draws it: as it is, then three views of it as training augments them."""
+    import torch
+    from torchvision.transforms.v2.functional import resize
+
+    from minimti.augment import augment
+    from minimti.config import MODELS
+    from minimti.io.write import write_strip
+    from minimti.pipeline import automatic, check_device, default_device, find
+
+    path = Path(args.out).with_name(f"{Path(args.out).stem}-strip.png")
+    check_writable(path, args.video)
+    device = check_device(args.device or default_device())
+    model = automatic(device) if args.model in (None, "auto") else args.model
+    clip = read(args, MODELS[model] if model in MODELS else find(model, device).config)
+    generator = torch.Generator().manual_seed(args.seed)
+    views = [clip.frames, *(augment(clip.frames, generator, not args.no_flip) for _ in range(3))]
+    height, width = clip.frames.shape[-2:]
+    scale = min(1, STRIP_HEIGHT / height)
+    write_strip(path, torch.stack([resize(view, [round(scale * height), round(scale * width)]) for view in views]))
+    print(f"strip      {path}: the frames, and below them three views as they are augmented; nothing was learned")
+
+
 def main() -> None:
     """Parse, learn, report."""
     args = parse()
-    from minimti import learn, make_recipe, read_clip
+    from minimti import learn, make_recipe
+    from minimti.io.video import check_source
 
-    require_file(args.video)
+    check_source(args.video)
     check_writable(args.out, args.video, args.model or "")
+    if args.dry_run:
+        dry_run(args)
+        return
     checkpoint, device = cli.find_model(args, "auto" if args.model is None else args.model)
     config = checkpoint.config
     recipe = cli.overridden(
@@ -73,12 +138,7 @@ def main() -> None:
         p_std=args.p_std,
         num_cached_views=args.cache,
     )
-    which = {"start": args.start, "end": args.end, "stride": args.stride, "size": args.size}
-    clip = read_clip(args.video, config, num_frames=args.frames, **which)
-    print(
-        f"reference  {clip.source}: {len(clip.times)} frames from {clip.times[0]:.4g} to {clip.times[-1]:.4g} s,"
-        f" {clip.source_size[0]}x{clip.source_size[1]} fitted to {clip.frames.shape[-1]}x{clip.frames.shape[-2]}"
-    )
+    clip = read(args, config)
     began = time.perf_counter()
     svd = cli.load_model(args, checkpoint, device)
     seconds = time.perf_counter() - began

@@ -5,6 +5,7 @@ Nothing here imports PyTorch, which takes seconds: `--help` and a misspelt optio
 
 import argparse
 import os
+import re
 import signal
 import sys
 import warnings
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minimti import __version__
-from minimti.config import DTYPES, MEMORY_MODES, MODELS
+from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS
 from minimti.io.files import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +65,28 @@ def size(text: str) -> tuple[int, int]:
     """An argument type: WIDTHxHEIGHT."""
     width, height = text.lower().split("x")
     return int(width), int(height)
+
+
+def seconds(text: str) -> float:
+    """An argument type: a time as 3.5, 0:03.5 or 1:02:03.5, at most a million seconds."""
+    *whole, last = text.split(":")
+    if len(whole) > 2 or not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", last) or not all(map(str.isdecimal, whole)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 3.5, 0:03.5 or 1:02:03.5")
+    total = 0.0
+    for part in (*whole, last):
+        total = 60 * total + float(part)
+    if total > 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is more than a million seconds")
+    return total
+
+
+def add_fit_arguments(add: Callable, size_help: str) -> None:
+    """The arguments --size, --fit and --crop-center, for clips and images alike."""
+    how = "crop: cut off what sticks out; pad: add bars, which are cut off again in videos; stretch (default: crop)"
+    add("--size", type=size, metavar="WxH", help=size_help)
+    add("--fit", choices=FITS, default="crop", help=how)
+    center = "which part a crop takes: 0 0 is the top left, 1 1 the bottom right (default: 0.5 0.5)"
+    add("--crop-center", type=number(0, 1), nargs=2, default=(0.5, 0.5), metavar=("X", "Y"), help=center)
 
 
 def add_seed(group: "argparse._ArgumentGroup") -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 MEMORY_MODES = ("max", "fast", "balanced", "low")  # fastest first, least memory last (minimti/budget.py)
 SOLVERS = ("euler", "heun", "dpmpp-2m")
+FITS = ("crop", "pad", "stretch")  # how a picture of another shape fits a size
 NUM_TOKENS = 5  # N of the paper, tokens per set
 RECIPES = ("paper", "muon")  # how an inversion optimises
 DTYPES = ("float32", "bfloat16", "float16")

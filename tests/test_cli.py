@@ -1,5 +1,6 @@
 """Both command lines as a user runs them: subprocesses, a weight file of reduced size, real videos."""
 
+import argparse
 import os
 import pickle
 import signal
@@ -23,7 +24,8 @@ from minimti import cli, pipeline
 from minimti.config import MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
-from minimti.io.video import decode_clip, read_clip
+from minimti.io.pixels import to_uint8
+from minimti.io.video import read_clip
 from minimti.io.write import write_clip
 from minimti.motion import Motion, initialise
 
@@ -83,8 +85,7 @@ def test_a_sample_is_the_video_asked_for(work):
         assert done.returncode == 0, done.stderr
     assert properties(work / "a.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
     assert (work / "a.mp4").read_bytes() == (work / "b.mp4").read_bytes()
-    frames, *_ = decode_clip(work / "a.mp4", 4, 0, None, 1)
-    assert frames.float().std() > 1  # neither black nor flat
+    assert read_clip(work / "a.mp4", SMALL).frames.std() > 0.01  # neither black nor flat
 
 
 def test_training_reports_and_saves(work, call):
@@ -95,7 +96,9 @@ def test_training_reports_and_saves(work, call):
     args += ("--start", "0.5", "--stride", "2", "--size", "64x64", "--no-flip", "--lr", "0.1")
     code, out, error = call("train.py", *args)
     assert code == 0, error
-    assert "3 frames from 0.5 to 0.9 s, 128x72 fitted to 64x64" in out
+    assert "reference  ref.mp4: 3 frames, 128x72 fitted to 64x64" in out
+    assert "0.50 to 0.90 s of 2.0 s, 10 fps, every 2nd frame; keeps 56 % of the width, 100 % of the height" in out
+    assert "train.py: warning: ref.mp4: only 56% of the picture is used; --fit pad uses all of it" in error
     assert "n.pt: 4x5x48 tokens after 2 steps" in out
     for shown in ("encoding", "inversion", "loss=", "s/it", "2/2"):
         assert shown in error
@@ -103,10 +106,79 @@ def test_training_reports_and_saves(work, call):
     assert (motion.num_frames, motion.size, motion.seed) == (3, (64, 64), 4)
     args = ("ref.mp4", *SMALL_FILE, "--steps", "1", "--cache", "1", "--sets", "shared", "--out", "one.safetensors")
     code, out, error = call("train.py", *args, "--end", "1.5")
-    assert code == 0 and "4 frames from 0 to 1.5 s" in out and "one.safetensors: 1x5x48 tokens" in out, error
+    assert code == 0 and "0.00 to 1.50 s of 2.0 s" in out and "one.safetensors: 1x5x48 tokens" in out, error
     assert Motion.load(work / "one.safetensors").shared
     code, _, error = call("sample.py", "--emb", "one.safetensors", "img.png", "--out", "one.mp4", *SMALL_FILE)
     assert code == 0 and properties(work / "one.mp4")[2] == 4, error
+
+
+def test_a_dry_run_draws_the_frames_and_learns_nothing(work, call, monkeypatch):
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    args = ("ref.mp4", "--dry-run", "--out", "dry.pt", "--frames", "3")
+    code, out, error = call("train.py", *args, "--model", "tiny")
+    assert code == 0 and "0.00 to 0.29 s of 2.0 s, 10 fps" in out and "dry-strip.png" in out, error
+    assert not (work / "dry.pt").exists()
+    drawn = torch.from_numpy(np.array(Image.open(work / "dry-strip.png"))).permute(2, 0, 1)  # [3, H, W]
+    assert drawn.shape == (3, 4 * 64, 3 * 64)
+    plain, *augmented = drawn.unflatten(1, (4, 64)).unbind(dim=1)
+    frames = read_clip("ref.mp4", MODELS["tiny"], num_frames=3).frames
+    assert torch.equal(plain, torch.cat(list(to_uint8(frames)), dim=2))
+    assert all(not torch.equal(plain, other) for other in augmented)
+    assert call("train.py", *args, "--model", "svd")[0] == 0  # without its weights
+    assert Image.open(work / "dry-strip.png").size == (3 * 284, 4 * 160)
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("3.5", 3.5), ("0:03.5", 3.5), ("1:02:03.5", 3723.5), ("90", 90), (".5", 0.5), ("2:00", 120)]
+)
+def test_times_are_seconds_or_hours_minutes_and_seconds(text, seconds):
+    assert cli.seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":", "1:", "1:2:3:4", "-1", "1e3", "inf", "nan", "1:-2", "a", "1000001", "1.5:00"]
+)
+def test_other_times_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.seconds(text)
+
+
+def test_a_portrait_image_is_animated_upright_and_padding_is_cut_off(work, call):
+    Image.new("RGB", (60, 120), (200, 40, 40)).save(work / "portrait.png")
+    args = ("--emb", "m.pt", "portrait.png", *SMALL_FILE, "--steps", "1")
+    assert call("sample.py", *args, "--out", "tall.mp4")[0] == 0
+    assert properties(work / "tall.mp4")[3:5] == (64, 128)
+    code, out, error = call("sample.py", *args, "--out", "padded.mp4", "--size", "128x64", "--fit", "pad")
+    assert code == 0 and properties(work / "padded.mp4")[3:5] == (32, 64) and "32x64" in out
+    code, out, error = call("sample.py", *args, "--out", "cropped.mp4", "--size", "128x64")
+    assert code == 0 and properties(work / "cropped.mp4")[3:5] == (128, 64)
+    assert "sample.py: warning: portrait.png: only 25% of the picture is used; --fit pad uses all of it" in error
+
+
+def test_the_part_that_is_named_is_animated(work, call, reached):
+    picture = np.zeros((64, 256, 3), np.uint8)
+    picture[:, 192:] = 255
+    Image.fromarray(picture).save(work / "wide.png")
+    args = ("--emb", "m.pt", "wide.png", *SMALL_FILE, "--out", "none.mp4", "--size", "64x64")
+    for center, value in (("1", 1), ("0", -1)):
+        call("sample.py", *args, "--crop-center", center, "0.5")
+        assert (reached["args"][2] == value).all()
+    call("sample.py", *args, "--fit", "stretch")
+    assert (reached["args"][2][..., 56:] == 1).all() and (reached["args"][2][..., :40] == -1).all()
+
+
+def test_a_video_plays_at_the_rate_that_was_sampled(work, call, monkeypatch):
+    """The model stays conditioned on the rate that it was trained with."""
+    motion = Motion.load(work / "m.pt")
+    motion.fps = 12.5
+    monkeypatch.setattr(Motion, "load", lambda path: motion)
+    seen, animate = {}, pipeline.animate
+    monkeypatch.setattr(pipeline, "animate", lambda *args, **options: seen.update(options) or animate(*args, **options))
+    args = ("--emb", "m.pt", "img.png", *SMALL_FILE, "--steps", "1", "--out", "rate.mp4")
+    code, out, _ = call("sample.py", *args)
+    assert code == 0 and properties(work / "rate.mp4")[5] == 12.5 and "12.5 fps" in out
+    assert seen["micro"].fps_id == 6
+    assert call("sample.py", *args, "--fps", "24")[0] == 0 and properties(work / "rate.mp4")[5] == 24
 
 
 @pytest.fixture
@@ -307,7 +379,7 @@ def test_real_videos(work, path):
     target = sorted(REAL.glob("*.png"))[0]
     done = run(work, "train.py", str(path), *SMALL_FILE, "--steps", "2", "--out", "real.pt")
     assert done.returncode == 0, done.stderr
-    assert "1024x576 fitted to 128x64" in done.stdout
+    assert "1024x576 fitted to 128x64" in done.stdout and "0.00 to 0.43 s of" in done.stdout
     done = run(work, "sample.py", "--emb", "real.pt", str(target), *SMALL_FILE)
     assert done.returncode == 0, done.stderr
     assert properties(work / f"{target.stem}_real.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
@@ -316,9 +388,19 @@ def test_real_videos(work, path):
 TRAIN = [
     (["nothing.mp4"], "nothing.mp4: no such file"),
     (["sound.wav", *SMALL_FILE], "sound.wav: has no video stream"),
-    (["img.png", *SMALL_FILE], "img.png: 4 frames at stride 1 from 0 s need 4 frames, but only 1 are there"),
-    (["ref.mp4", *SMALL_FILE, "--start", "1.9"], "but only 1 are there"),
-    (["ref.mp4", *SMALL_FILE, "--frames", "21"], "but only 20 are there"),
+    (["img.png", *SMALL_FILE], "img.png: only one frame is there from 0 s on; a clip needs at least two"),
+    (["ref.mp4", *SMALL_FILE, "--start", "1.9"], "only one frame is there from 1.9 s on"),
+    (["ref.mp4", *SMALL_FILE, "--frames", "21", "--stride", "1"], "but only 20 are there"),
+    (["ref.mp4", *SMALL_FILE, "--start", "0:02.5"], "ends at 2.000 s, before --start 2.5; start earlier"),
+    (["ref.mp4", *SMALL_FILE, "--sample-fps", "1"], "but the file at 2.00 s; raise --sample-fps or lower --frames"),
+    (["ref.mp4", *SMALL_FILE, "--end", "1", "--stride", "2"], "--end and --stride: each of them says which frames"),
+    (["ref.mp4", "--start", "1:2:3:4"], "argument --start: '1:2:3:4' is not a time such as 3.5, 0:03.5 or 1:02:03.5"),
+    (["ref.mp4", "--start", "-1"], "argument --start: '-1' is not a time"),
+    (["ref.mp4", "--end", "nan"], "argument --end: 'nan' is not a time"),
+    (["ref.mp4", "--crop-center", "0.5", "2"], "argument --crop-center: 2 is not in 0..1"),
+    (["ref.mp4", "--fit", "fill"], "argument --fit: invalid choice: 'fill'"),
+    (["ref.mp4", "--dry-run", "--out", "no/m.pt"], "no/m.pt: cannot be written (No such file or directory)"),
+    (["none*.png", *SMALL_FILE], "none*.png: no file has such a name"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
     (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt"),
     (["ref.mp4", "--model", "svd"], "svd: the download from https://huggingface.co failed (OfflineModeIsEnabled"),
@@ -334,7 +416,7 @@ TRAIN = [
     (["ref.mp4", "--tokens", "0"], "argument --tokens: 0 is not in 1..1000"),
     (["ref.mp4", "--device", "cuda:99"], "device cuda:99 is not available here"),
     (["ref.mp4", "--device", "toaster"], "device toaster is not available here"),
-    ([], "the following arguments are required: VIDEO"),
+    ([], "the following arguments are required: CLIP"),
 ]
 SAMPLE = [
     (["--emb", "m.pt", "nothing.png"], "nothing.png: no such file"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minimti.config import SVDConfig
 from minimti.io.files import InputError, require_file
-from minimti.io.pixels import check_size, fit
+from minimti.io.pixels import check_size, fit, oriented
 
 # What people have. All others stay closed, whatever the name of the file: EPS, for one, is handed to a program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -47,11 +47,14 @@ PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a
 
 
 def read_image(path: str | Path, config: SVDConfig, *, size: tuple[int, int] | None = None) -> Tensor:
-    """fp32 [1, 3, H, W] in [-1,1], fitted to `size` = (width, height), by default the model's.
+    """fp32 [1, 3, H, W] in [-1,1], fitted to `size` = (width, height).
+
+    By default this is the model's size, upright for an upright picture.
 
     Raises InputError as `decode_image` does, and for a size that the networks cannot halve often enough.
     """
-    return fit(decode_image(path), check_size(size or config.size, config))
+    pixels = decode_image(path)
+    return fit(pixels, check_size(size or oriented(config.size, pixels.shape[-1], pixels.shape[-2]), config))
 
 
 def decode_image(path: str | Path) -> Tensor:

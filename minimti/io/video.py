@@ -1,25 +1,23 @@
-"""Frames of a video: `read_clip` gives what the networks take, `decode_clip` chooses and decodes the frames."""
+"""Clips: frames of a video, chosen by time, as the networks take them."""
 
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import warnings
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import av
-import numpy as np
-import torch
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from torch import Tensor
 
 from minimti.config import SVDConfig
-from minimti.io.files import InputError, require_file
-from minimti.io.pixels import check_size, fit
+from minimti.io.decode import VideoFile
+from minimti.io.files import InputError
+from minimti.io.frames import Choice, choose
+from minimti.io.pictures import AnimatedWebP, Pictures, find_pictures, is_webp
+from minimti.io.pixels import check_size, fit, oriented, place
 
-TimedFrame = tuple[float, av.VideoFrame]  # seconds since the file's first frame, and the frame
-SAME_TIME = 1e-6  # seconds: times are fractions in the file and are compared as floats
+VISIBLE = 8 / 127.5  # in [-1,1] units: a pixel that changes by less, noise may have changed
+COMPLETE = 0.9  # share of the length in a file's header; a file that ends earlier lacks a part
+MOVING = 1e-3  # share of the pixels; where fewer change, nothing moves
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,24 @@ class Clip:
     """Frames of a video at a model's size, and where they come from."""
 
     frames: Tensor  # fp32 [F, 3, H, W] in [-1,1]
-    fps: float  # rate of these frames, lower than the file's where frames between them are left out
-    times: tuple[float, ...]  # at which the F frames are shown, in seconds since the file's first frame
-    source: str  # path of the file
+    fps: float  # rate at which they were taken; the file's own may be higher
+    times: tuple[float, ...]  # of the F frames, in seconds since the file's first frame
+    source: str  # path of the file, the folder or the pattern
     source_size: tuple[int, int]  # width, height of the upright frames in the file, in pixels
+    source_fps: float | None = None  # rate of the file's frames there; None where only one was read
+    duration: float | None = None  # seconds, of the file, where it is given
+    kept: tuple[float, float] = (1.0, 1.0)  # share of the width and height of the file's frames
+    notes: tuple[str, ...] = ()  # what differs from what was to be expected, a sentence each
+
+    def about(self) -> str:
+        """Times, rate and the part of the picture, as a line."""
+        parts = [f"{self.times[0]:.2f} to {self.times[-1]:.2f} s"]
+        if self.duration:
+            parts[0] += f" of {self.duration:.1f} s"
+        if self.source_fps:
+            parts += [f"{self.source_fps:.4g} fps", _every(self.source_fps / self.fps)]
+        width, height = self.kept
+        return ", ".join(parts) + f"; keeps {width:.0%} of the width, {height:.0%} of the height".replace("%", " %")
 
 
 def read_clip(
@@ -40,126 +52,90 @@ def read_clip(
     num_frames: int | None = None,
     start: float = 0.0,
     end: float | None = None,
-    stride: int = 1,
+    sample_fps: float | None = None,
+    stride: int | None = None,
     size: tuple[int, int] | None = None,
+    how: str = "crop",
+    center: tuple[float, float] = (0.5, 0.5),
 ) -> Clip:
-    """The frames that `decode_clip` chooses, fitted to `size`.
+    """F frames of a video file, a pipe, a folder or a pattern of pictures ("walk/*.png"), fitted to a size.
+
+    Each is the frame shown at its time: the last one at or before it. By default the times begin at `start` and follow
+    each other at the model's rate (micro.fps_id + 1); where the file ends earlier, they are spread evenly over all that
+    follows `start`, and a note says so. Pictures without times follow each other at `sample_fps`, else at the model's
+    rate.
 
     num_frames   F, at least 1; by default the model's
-    start, end   seconds from the first frame of the file, at least 0
-    stride       at least 1
-    size         (width, height) in pixels; by default the model's
+    start, end   seconds from the first frame of the file, at least 0; with `end`, the times are spread over
+                 [start, end], both included
+    sample_fps   times follow each other at this rate
+    stride       every stride-th frame from the one shown at `start`, whatever its time
+    size         (width, height) in pixels; by default the model's, its sides exchanged for a portrait clip
+    how, center  as `place` takes them
 
-    Raises InputError as `decode_clip` does, and for a size that the networks cannot halve often enough.
+    Warns where much of the picture is cut off, and where nothing moves. Raises InputError where the file is missing,
+    holds no video, has frames of several sizes or ends too early, for a size that the networks cannot halve often
+    enough, and where more than one of `end`, `sample_fps` and `stride` is given or `end` is not after `start`.
     """
-    size = check_size(size or config.size, config)
-    frames, times, fps = decode_clip(path, config.num_frames if num_frames is None else num_frames, start, end, stride)
-    source_size = (frames.shape[-1], frames.shape[-2])
-    return Clip(fit(frames, size), fps, times, str(path), source_size)
+    path = Path(path)
+    num_frames = config.num_frames if num_frames is None else num_frames
+    choice = Choice(num_frames, start, end, sample_fps, stride, config.micro.fps_id + 1)
+    with _open(path, choice.rate) as source:
+        target = check_size(size or oriented(config.size, source.size[0] * source.pixel_aspect, source.size[1]), config)
+        placement = place(source.size, target, how, center, source.pixel_aspect)
 
+        def fitted(frame: Any) -> Tensor:
+            return fit(source.pixels(frame)[None], target, placement)[0]  # [3, height, width]
 
-def decode_clip(
-    path: str | Path, num_frames: int, start: float, end: float | None, stride: int
-) -> tuple[Tensor, tuple[float, ...], float]:
-    """Chooses F = num_frames frames of a video.
-
-    Without `end`, these are the first frame at or after `start` seconds and every stride-th one from there. With `end`,
-    F times are spread evenly over [start, end], both included, and each gives the frame shown then: the last one at or
-    before it. Where the file has fewer frames in this interval, some of them repeat. Returns
-
-    frames   uint8 [F, 3, H, W], upright, at the size of the file
-    times    of the F frames, in seconds since the file's first frame; with `end`, the evenly spread ones
-    fps      (F - 1) / (times[-1] - times[0]); for a single frame the file's average rate
-
-    Raises InputError where the file is missing, holds no video, has frames of several sizes or ends too early, and
-    where `end` is not after `start` or is combined with a stride other than 1.
-    """
-    path = require_file(path)
-    if end is not None and stride != 1:
-        raise InputError(f"--stride {stride}: with --end, the frames are spread evenly over the time; leave one out")
-    if end is not None and end <= start:
-        raise InputError(f"--end {end:g}: must be later than the start, {start:g} s")
-    frames: list[Tensor] = []
-    times: list[float] = []
-    with _opened(path) as (container, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 1)  # some files give no average, a few give neither
-        timed = _timed_frames(container, stream, start, rate)
-        if end is None:
-            chosen = _strided(path, timed, num_frames, start, stride)
-        else:
-            chosen = _spread(path, timed, num_frames, start, end, rate)
-        for time, frame in chosen:
-            upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones film sideways
-            frames.append(torch.from_numpy(upright.copy()).permute(2, 0, 1))  # [3, H, W]
-            times.append(time)
-            if frames[-1].shape != frames[0].shape:
-                raise InputError(f"{path}: its frames change their size; cut it to a part of one size")
-    span = times[-1] - times[0]
-    return torch.stack(frames), tuple(times), (num_frames - 1) / span if span > 0 else rate
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A file and its first video stream. Failures of decoding in the block, too, become an InputError."""
-    try:
-        with av.open(f"file:{path}") as container:  # a colon in a bare name would be a protocol
-            if not container.streams.video:
-                raise InputError(f"{path}: has no video stream")
-            # Threads as PyAV sets them. With one for each frame (AUTO) PyAV 17.0 deadlocks now and then where a file is
-            # closed before its end: they need the interpreter that waits for them.
-            stream = container.streams.video[0]
-            yield container, stream
-    except (av.FFmpegError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: cannot be read as a video ({error})") from error
-
-
-def _timed_frames(container: InputContainer, stream: VideoStream, start: float, rate: float) -> Iterator[TimedFrame]:
-    """All frames from the last key frame before `start` to the end of the file.
-
-    A raw stream has no times: its frames are counted from `start`, at `rate` per second.
-    """
-    time_base = stream.time_base or Fraction(1, av.time_base)
-    origin = float((stream.start_time or 0) * time_base)
-    if start > 0:
-        container.seek(int((origin + start) / time_base), stream=stream)
-    for index, frame in enumerate(container.decode(stream)):
-        yield start + index / rate if frame.time is None else frame.time - origin, frame
-
-
-def _strided(
-    path: Path, timed: Iterator[TimedFrame], num_frames: int, start: float, stride: int
-) -> Iterator[TimedFrame]:
-    """From the first frame at or after `start`, every stride-th one. Raises InputError where there are too few."""
-    needed = (num_frames - 1) * stride + 1
-    available = 0
-    for time, frame in timed:
-        if time < start - SAME_TIME:
-            continue
-        if available % stride == 0:
-            yield time, frame
-        available += 1
-        if available == needed:
-            return
-    raise InputError(
-        f"{path}: {num_frames} frames at stride {stride} from {start:g} s need {needed} frames,"
-        f" but only {available} are there; start earlier, or lower --stride or --frames"
+        taken, notes = choose(path, source, choice, fitted)
+        if source.duration and taken.end < COMPLETE * source.duration:
+            notes.append(f"its pictures end at {taken.end:.2f} s of {source.duration:.2f}: cut off, or damaged")
+        notes += source.notes()
+        duration = taken.end if taken.end < math.inf else source.duration
+    for problem in (placement.note(), "" if _moves(taken.frames) else "nothing moves in these frames"):
+        if problem:
+            warnings.warn(f"{path}: {problem}", stacklevel=2)
+    span = taken.times[-1] - taken.times[0]
+    return Clip(
+        frames=taken.frames,
+        fps=(num_frames - 1) / span if span > 0 else source.rate,
+        times=tuple(taken.times),
+        source=str(path),
+        source_size=source.size,
+        source_fps=taken.rate,
+        duration=duration,
+        kept=placement.kept,
+        notes=tuple(notes),
     )
 
 
-def _spread(
-    path: Path, timed: Iterator[TimedFrame], num_frames: int, start: float, end: float, rate: float
-) -> Iterator[TimedFrame]:
-    """The frames shown at evenly spread times, with these times. Raises InputError where the file ends before `end`."""
-    times = deque(start + (end - start) * i / max(num_frames - 1, 1) for i in range(num_frames))
-    shown: av.VideoFrame | None = None
-    until = 0.0  # the end of the last frame so far
-    for time, frame in timed:
-        while shown and times and times[0] < time - SAME_TIME:
-            yield times.popleft(), shown
-        if not times:
-            return
-        shown, until = frame, time + 1 / rate
-    if shown is None or end > until + SAME_TIME:
-        raise InputError(f"{path}: ends at {until:.3f} s, before --end {end:g}; choose an earlier end")
-    for time in times:
-        yield time, shown
+def check_source(path: str | Path) -> None:
+    """Raises InputError where there is no such file, folder or picture of a pattern. Opens no pipe."""
+    path = Path(path)
+    if find_pictures(path) is None and not path.exists():
+        raise InputError(f"{path}: no such file")
+
+
+def _open(path: Path, rate: float) -> Any:
+    """The source that a path names, as a context; pictures follow each other at `rate`."""
+    pictures = find_pictures(path)
+    if pictures is not None:
+        return Pictures(pictures, rate)
+    return AnimatedWebP(path) if is_webp(path) else VideoFile(path)
+
+
+def _moves(frames: Tensor) -> bool:
+    """Whether enough pixels of [F, 3, H, W] in [-1,1] change between the first frame and any other; True for F = 1."""
+    changed = [((frame - frames[0]).abs().amax(dim=0) > VISIBLE).float().mean().item() for frame in frames[1:]]
+    return not changed or max(changed) > MOVING
+
+
+def _every(ratio: float) -> str:
+    """How many frames of the file go on one that is taken: "every frame", "every 4.3rd frame"."""
+    if ratio < 0.95:
+        return f"each frame {1 / ratio:.1f} times"
+    number = f"{ratio:.0f}" if abs(ratio - round(ratio)) < 0.05 else f"{ratio:.1f}"
+    if number == "1":
+        return "every frame"
+    ending = "th" if number[-2:] in ("11", "12", "13") else {"1": "st", "2": "nd", "3": "rd"}.get(number[-1], "th")
+    return f"every {number}{ending} frame"

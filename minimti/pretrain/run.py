@@ -160,8 +160,8 @@ class Run:
         """Write the checkpoint."""
         state = {key: getattr(self, key) for key in STATE}
         records = [asdict(record) for record in self.records]
-        with atomic_write(self.path) as part:
-            torch.save({**self.identity, **state, "records": records, "model": self.model.state_dict()}, part)
+        with atomic_write(self.path) as part, open(part, "wb") as file:
+            torch.save({**self.identity, **state, "records": records, "model": self.model.state_dict()}, file)
 
 
 def begin(
@@ -323,8 +323,8 @@ def encoded_clips(run: Run, kind: str, check: Callable[[], None]) -> EncodedClip
             rng = generator(run.seed, ENCODED + list(SCENES).index(kind), i)
             with run.autocast():
                 chunk = encode_scenes(run.model, kind, rng, run.settings.chunk)
-            with atomic_write(path) as part:
-                torch.save({"seconds": time.perf_counter() - start, "tensors": vars(chunk)}, part)
+            with atomic_write(path) as part, open(part, "wb") as file:
+                torch.save({"seconds": time.perf_counter() - start, "tensors": vars(chunk)}, file)
         seconds, tensors = read_encoded(run, path)
         run.encoding_seconds[kind] += seconds
         parts.append(tensors)

@@ -1,39 +1,22 @@
-"""Clips, written and read back."""
+"""Clips and images, written and read back."""
 
-import struct
+import warnings
+from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from footage import encode, gradients, pictures, shown
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimti.config import MODELS
 from minimti.io import pixels, video, write
+from minimti.io.decode import VideoFile
 from minimti.io.files import InputError
 
 TINY = MODELS["tiny"]
-
-
-def gradients(num_frames: int, height: int = 64, width: int = 96) -> torch.Tensor:
-    """uint8 [F, 3, H, W]: red grows to the right, green downwards, blue with time."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    frames = [torch.stack([x, y, torch.full_like(x, blue)]) for blue in blues(num_frames)]
-    return pixels.to_uint8(torch.stack(frames))
-
-
-def blues(num_frames: int) -> torch.Tensor:
-    return torch.linspace(-0.8, 0.8, num_frames)
-
-
-def shown(frames: torch.Tensor, num_frames: int) -> list[int]:
-    """The numbers of frames, uint8 or in [-1,1], of a clip of `gradients(num_frames)`."""
-    blue = frames[:, 2].float().mean(dim=(1, 2))  # [F]
-    blue = blue / 127.5 - 1 if frames.dtype == torch.uint8 else blue
-    distances = (blue[:, None] - blues(num_frames)).abs()  # [F, num_frames]
-    assert distances.min(dim=1).values.max() < 0.03
-    return distances.argmin(dim=1).tolist()
 
 
 def test_a_clip_survives_its_file(tmp_path):
@@ -47,10 +30,11 @@ def test_a_clip_survives_its_file(tmp_path):
         assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
     content = (tmp_path / "a.mp4").read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")  # a browser can start before it has the whole file
-    back, times, fps = video.decode_clip(tmp_path / "a.mp4", 14, 0, None, 1)
+    back = pictures(tmp_path / "a.mp4")
     error = (back.float() - clip.float()).abs().mean().item()
     assert back.dtype == torch.uint8 and error < 2.5
-    assert times == pytest.approx([i / 7 for i in range(14)]) and fps == pytest.approx(7)
+    with VideoFile(tmp_path / "a.mp4") as source:
+        assert [time for time, _ in source.frames(0)] == pytest.approx([i / 7 for i in range(14)])
 
 
 def test_a_clip_is_read_at_the_size_and_length_of_the_model(tmp_path):
@@ -58,19 +42,77 @@ def test_a_clip_is_read_at_the_size_and_length_of_the_model(tmp_path):
     write.write_clip(path, gradients(20), 10)
     clip = video.read_clip(path, TINY)
     assert clip.frames.shape == (14, 3, 64, 64) and clip.frames.dtype == torch.float32
-    assert torch.equal(clip.frames, pixels.fit(video.decode_clip(path, 14, 0, None, 1)[0], (64, 64)))
-    assert (clip.source, clip.source_size) == (str(path), (96, 64)) and clip.fps == pytest.approx(10)
+    wanted = pictures(path)[[10 * k // 7 for k in range(14)]]
+    assert torch.equal(clip.frames, pixels.fit(wanted, (64, 64)))
+    assert (clip.source, clip.source_size) == (str(path), (96, 64))
     clip = video.read_clip(path, TINY, num_frames=3, start=0.45, stride=4, size=(128, 64))
-    assert clip.frames.shape == (3, 3, 64, 128) and shown(clip.frames, 20) == [5, 9, 13]
-    assert clip.times == pytest.approx([0.5, 0.9, 1.3]) and clip.fps == pytest.approx(2.5)
+    assert clip.frames.shape == (3, 3, 64, 128) and shown(clip.frames, 20) == [4, 8, 12]
+    assert clip.times == pytest.approx([0.4, 0.8, 1.2]) and clip.fps == pytest.approx(2.5)
     clip = video.read_clip(path, TINY, num_frames=2, start=0.5, end=1.5)
     assert shown(clip.frames, 20) == [5, 15] and clip.times == (0.5, 1.5) and clip.fps == 1
+
+
+@pytest.mark.parametrize("rate", [7, 10, 24, 30, 60])
+def test_a_clip_plays_at_the_models_rate_whatever_its_own(tmp_path, rate):
+    """Two seconds of any video are learnt, as 14 frames that are 1/7 s apart."""
+    encode(tmp_path / "a.mp4", gradients(5 * rate // 2), rate)
+    clip = video.read_clip(tmp_path / "a.mp4", TINY, start=0.3)
+    assert clip.times == pytest.approx([0.3 + k / 7 for k in range(14)]) and clip.fps == pytest.approx(7)
+    assert torch.equal(
+        clip.frames, pixels.fit(pictures(tmp_path / "a.mp4")[[int((0.3 + k / 7) * rate) for k in range(14)]], (64, 64))
+    )
+    assert clip.source_fps == pytest.approx(rate, rel=0.05) and clip.notes == ()
+
+
+def test_the_rate_follows_the_models_fps_id(tmp_path):
+    encode(tmp_path / "a.mp4", gradients(20), 10)
+    config = replace(TINY, micro=replace(TINY.micro, fps_id=4))
+    assert shown(video.read_clip(tmp_path / "a.mp4", config, num_frames=5).frames, 20) == [0, 2, 4, 6, 8]
+    clip = video.read_clip(tmp_path / "a.mp4", config, num_frames=5, sample_fps=2.5)
+    assert shown(clip.frames, 20) == [0, 4, 8, 12, 16] and clip.fps == pytest.approx(2.5)
+
+
+def test_a_shorter_clip_is_spread_over_its_whole_length_and_this_is_said(tmp_path):
+    encode(tmp_path / "a.mp4", gradients(10), 10)
+    clip = video.read_clip(tmp_path / "a.mp4", TINY, num_frames=10, start=0.1)
+    assert clip.times == pytest.approx(np.linspace(0.1, 0.9, 10)) and clip.fps == pytest.approx(9 / 0.8)
+    assert shown(clip.frames, 10) == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    (note,) = clip.notes
+    assert "10 frames at 7 fps from 0.1 s end at 1.39 s, but the file at 1.00 s: spread over its whole length" in note
+
+
+def test_the_whole_of_the_last_frame_counts(tmp_path):
+    """14 frames at 7 per second are exactly as long as the model takes: nothing is spread."""
+    encode(tmp_path / "a.mp4", gradients(14), 7)
+    clip = video.read_clip(tmp_path / "a.mp4", TINY)
+    assert shown(clip.frames, 14) == list(range(14)) and clip.notes == ()
+    assert clip.fps == pytest.approx(7) and clip.duration == pytest.approx(2)
+
+
+def test_times_that_a_file_rounds_are_still_those_of_its_frames(tmp_path):
+    """Matroska counts milliseconds: frame 1 of 7 per second is shown at 0.143, after 1/7."""
+    encode(tmp_path / "a.mkv", gradients(14), 7)
+    assert shown(video.read_clip(tmp_path / "a.mkv", TINY).frames, 14) == list(range(14))
+
+
+@given(times=st.lists(st.integers(0, 40), min_size=3, max_size=12, unique=True), start=st.integers(0, 20))
+@settings(max_examples=10)
+def test_each_sample_is_the_frame_shown_at_its_time(tmp_path_factory, times, start):
+    """Variable rates: the last frame at or before the time, before the first one the first."""
+    times = [time - min(times) for time in sorted(times)]
+    path = tmp_path_factory.mktemp("clip") / "a.mp4"
+    encode(path, gradients(len(times)), 10, times=times)
+    wanted = [start / 10 + k * 0.25 for k in range(4)]
+    if wanted[-1] <= times[-1] / 10:
+        clip = video.read_clip(path, TINY, num_frames=4, start=start / 10, sample_fps=4)
+        expected = [max(i for i, time in enumerate(times) if time / 10 <= t + 1e-6) for t in wanted]
+        assert shown(clip.frames, len(times)) == expected and clip.times == pytest.approx(wanted)
 
 
 def test_the_rate_of_a_single_frame_is_the_average_of_its_file(tmp_path):
     write.write_clip(tmp_path / "a.mp4", gradients(4), 12)
     clip = video.read_clip(tmp_path / "a.mp4", TINY, num_frames=1, start=0.1)
-    assert clip.fps == 12 and clip.times == pytest.approx([2 / 12])
+    assert clip.fps == 12 and clip.times == (0.1,) and shown(clip.frames, 4) == [1]
 
 
 def test_an_end_spreads_the_frames_evenly_over_the_time(tmp_path):
@@ -86,123 +128,94 @@ def test_an_end_spreads_the_frames_evenly_over_the_time(tmp_path):
         (1, 1.5, 2.0, [10]),
         (2, 1.9, 2.0, [13, 13]),
     ):
-        frames, times, fps = video.decode_clip(path, num_frames, start, end, 1)
-        assert shown(frames, 14) == expected
-        assert times == pytest.approx(np.linspace(start, end, num_frames))
-        assert fps == pytest.approx((num_frames - 1) / (end - start) if num_frames > 1 else 7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing moves
+            clip = video.read_clip(path, TINY, num_frames=num_frames, start=start, end=end)
+        assert shown(clip.frames, 14) == expected
+        assert clip.times == pytest.approx(np.linspace(start, end, num_frames))
+        assert clip.fps == pytest.approx((num_frames - 1) / (end - start) if num_frames > 1 else 7)
 
 
-def test_an_end_that_cannot_be_is_refused(tmp_path):
+def test_times_that_cannot_be_are_refused(tmp_path):
     path = tmp_path / "a.mp4"
     write.write_clip(path, gradients(14), 7)
-    for start, end, stride, message in (
-        (0, 2.1, 1, "ends at 2.000 s, before --end 2.1"),
-        (5, 6, 1, "ends at 2.000 s, before --end 6"),
-        (1, 1, 1, "--end 1: must be later than the start, 1 s"),
-        (1, 0.5, 1, "--end 0.5: must be later"),
-        (0, 1, 2, "--stride 2: with --end"),
+    for options, message in (
+        ({"end": 2.1}, "ends at 2.000 s, before --end 2.1"),
+        ({"start": 5, "end": 6}, "ends at 2.000 s, before --end 6"),
+        ({"start": 1, "end": 1}, "--end 1: must be later than the start, 1 s"),
+        ({"start": 1, "end": 0.5}, "--end 0.5: must be later"),
+        ({"end": 1, "stride": 2}, "--end and --stride: each of them says which frames to take"),
+        ({"end": 1, "sample_fps": 2}, "--end and --sample-fps: each of them"),
+        ({"start": 2.5}, "ends at 2.000 s, before --start 2.5; start earlier"),
+        ({"start": 1.9}, "only one frame is there from 1.9 s on; a clip needs at least two"),
+        ({"sample_fps": 2}, "14 frames at 2 fps from 0 s end at 6.50 s, but the file at 2.00 s; raise --sample-fps"),
+        (
+            {"stride": 2},
+            "14 frames at stride 2 from 0 s need 27 frames, but only 14 are there; start earlier, or lower",
+        ),
     ):
         with pytest.raises(InputError, match=message):
-            video.read_clip(path, TINY, start=start, end=end, stride=stride)
+            video.read_clip(path, TINY, **options)
+
+
+def test_a_line_says_what_was_taken(tmp_path):
+    encode(tmp_path / "a.mp4", gradients(75, 160, 90), 30)
+    with pytest.warns(UserWarning, match="a.mp4: only 32% of the picture is used; --fit pad uses all of it"):
+        clip = video.read_clip(tmp_path / "a.mp4", MODELS["svd"], size=(1024, 576))
+    about = "0.00 to 1.86 s of 2.5 s, 30 fps, every 4.3rd frame; keeps 100 % of the width, 32 % of the height"
+    assert clip.about() == about
+
+
+@pytest.mark.parametrize(
+    "ratio, words",
+    [
+        (1, "every frame"),
+        (1.04, "every frame"),
+        (2, "every 2nd frame"),
+        (3.02, "every 3rd frame"),
+        (4.29, "every 4.3rd frame"),
+        (11, "every 11th frame"),
+        (13.1, "every 13.1st frame"),
+        (0.5, "each frame 2.0 times"),
+    ],
+)
+def test_how_many_frames_go_on_one(ratio, words):
+    assert video._every(ratio) == words
+
+
+def test_a_portrait_clip_is_learnt_in_portrait(tmp_path):
+    encode(tmp_path / "a.mp4", gradients(14, 160, 90), 7)
+    clip = video.read_clip(tmp_path / "a.mp4", MODELS["svd"])
+    assert clip.frames.shape == (14, 3, 1024, 576) and min(clip.kept) > 0.97
+    clip = video.read_clip(tmp_path / "a.mp4", MODELS["svd"], num_frames=2, size=(128, 64), how="pad")
+    assert clip.frames.shape == (2, 3, 64, 128) and clip.kept == (1, 1)
+    assert (clip.frames[..., :40] == -1).all() and (clip.frames[..., 50:78] > -1).float().mean() > 0.9
+
+
+def test_a_clip_in_which_nothing_moves_is_warned_of(tmp_path):
+    encode(tmp_path / "a.mp4", gradients(1).expand(14, -1, -1, -1), 7)
+    with pytest.warns(UserWarning, match="nothing moves in these frames"):
+        video.read_clip(tmp_path / "a.mp4", TINY)
+    moving = gradients(1).repeat(14, 1, 1, 1)
+    for k, frame in enumerate(moving):
+        frame[:, 30:36, 20 + 2 * k : 26 + 2 * k] = 255  # a small thing is enough
+    encode(tmp_path / "b.mp4", moving, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video.read_clip(tmp_path / "b.mp4", TINY)
 
 
 def test_times_are_counted_from_the_first_frame_of_the_file(tmp_path):
     """A transport stream begins at an arbitrary time; a raw stream has no times, and its rate counts them."""
     for name in ("a.ts", "a.h264"):
-        with av.open(str(tmp_path / name), "w") as container:
-            stream = container.add_stream("libx264", rate=25)
-            stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
-            for pixels in gradients(6).permute(0, 2, 3, 1).numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
-            container.mux(stream.encode())
-        frames, times, fps = video.decode_clip(tmp_path / name, 3, 0, None, 2)
-        assert shown(frames, 6) == [0, 2, 4] and times == pytest.approx([0, 0.08, 0.16]) and fps == pytest.approx(12.5)
-        assert shown(video.decode_clip(tmp_path / name, 3, 0, 0.2, 1)[0], 6) == [0, 2, 5]
-
-
-@given(num_frames=st.integers(1, 4), start=st.integers(0, 12), stride=st.integers(1, 4))
-def test_frames_are_chosen_by_time_and_stride(tmp_path_factory, num_frames, start, stride):
-    path = tmp_path_factory.mktemp("clip") / "a.mp4"
-    write.write_clip(path, gradients(12), 7)
-    wanted = [start + i * stride for i in range(num_frames)]
-    if wanted[-1] < 12:
-        frames, times, fps = video.decode_clip(path, num_frames, start / 7, None, stride)
-        assert shown(frames, 12) == wanted and times == pytest.approx([k / 7 for k in wanted])
-        assert fps == pytest.approx(7 / stride if num_frames > 1 else 7)
-    else:
-        with pytest.raises(InputError, match=f"but only {12 - start} are there; start earlier, or lower --stride"):
-            video.decode_clip(path, num_frames, start / 7, None, stride)
-
-
-@pytest.mark.parametrize("quarter_turns", [1, 2, 3])
-def test_clips_filmed_sideways_stand_upright(tmp_path, quarter_turns):
-    """A phone stores the frames of its sensor and a matrix with its orientation."""
-    clip = gradients(2)
-    write.write_clip(tmp_path / "a.mp4", clip, 7)
-    content = bytearray((tmp_path / "a.mp4").read_bytes())
-    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns]  # clockwise on the screen, whose y points down
-    matrix = struct.pack(">9i", *(round(v * 2**16) for v in (cos, sin, 0, -sin, cos, 0, 0, 0)), 2**30)
-    at = content.index(b"tkhd") + 4 + 40  # version 0: forty bytes of other fields come first
-    content[at : at + 36] = matrix
-    (tmp_path / "b.mp4").write_bytes(content)
-    upright, *_ = video.decode_clip(tmp_path / "b.mp4", 2, 0, None, 1)
-    stored, *_ = video.decode_clip(tmp_path / "a.mp4", 2, 0, None, 1)
-    assert torch.equal(upright, torch.rot90(stored, -quarter_turns, dims=(2, 3)))
-    size = (96, 64) if quarter_turns == 2 else (64, 96)
-    assert video.read_clip(tmp_path / "b.mp4", TINY, num_frames=2).source_size == size
-
-
-def test_unreadable_videos_are_named(tmp_path):
-    (tmp_path / "text.mp4").write_text("no video")
-    (tmp_path / "empty.mp4").touch()
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-    write.write_clip(tmp_path / "cut.mp4", gradients(14), 7)
-    whole = (tmp_path / "cut.mp4").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
-    for name, message in (
-        ("nothing.mp4", "no such file"),
-        ("", "is a folder"),
-        ("text.mp4", "cannot be read as a video"),
-        ("empty.mp4", "cannot be read as a video"),
-        ("sound.wav", "has no video stream"),
-        ("cut.mp4", "cannot be read as a video|only [0-9]+ are there"),
-    ):
-        with pytest.raises(InputError, match=message):
-            video.read_clip(tmp_path / name, TINY)
-
-
-@given(
-    have=st.tuples(st.integers(1, 200), st.integers(1, 200)),
-    want=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-)
-def test_fit_gives_the_requested_size(have, want):
-    size = (64 * want[0], 64 * want[1])
-    frames = torch.randint(0, 256, (2, 3, *have), dtype=torch.uint8)
-    fitted = pixels.fit(frames, size)
-    assert fitted.shape == (2, 3, size[1], size[0]) and fitted.abs().max() <= 1
-
-
-def test_fit_keeps_the_centre():
-    frames = torch.zeros(1, 3, 64, 256, dtype=torch.uint8)
-    frames[..., 64:192] = 255  # the central part of the shape 2:1
-    assert (pixels.fit(frames, (128, 64)) == 1).all()
-    same = torch.randint(0, 256, (1, 3, 64, 128), dtype=torch.uint8)
-    assert torch.allclose(pixels.fit(same, (128, 64)), same / 127.5 - 1)
+        encode(tmp_path / name, gradients(6), 25)
+        clip = video.read_clip(tmp_path / name, TINY, num_frames=3, stride=2)
+        assert shown(clip.frames, 6) == [0, 2, 4] and clip.fps == pytest.approx(12.5)
+        assert clip.times == pytest.approx([0, 0.08, 0.16])
+        assert shown(video.read_clip(tmp_path / name, TINY, num_frames=3, end=0.2).frames, 6) == [0, 2, 5]
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write.write_clip("12:30.mp4", gradients(2), 7)
     assert video.read_clip("12:30.mp4", TINY, num_frames=2).frames.shape == (2, 3, 64, 64)
-
-
-def test_a_strip_has_a_row_for_each_clip():
-    clips = torch.stack([torch.full((3, 3, 4, 5), value) for value in (-2.0, 1.0)])
-    clips[1, 2] = 0
-    picture = pixels.strip(clips)
-    assert picture.shape == (8, 15, 3) and picture.dtype == torch.uint8
-    assert (picture[:4] == 0).all() and (picture[4:, :10] == 255).all() and (picture[4:, 10:] == 128).all()
