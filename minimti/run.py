@@ -16,6 +16,7 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ class Run:
         self._locks: list[IO] = []
 
     def __enter__(self) -> "Run":
-        if self.folder == self.out or self.folder.is_file():
+        if self.folder.is_file():
             raise InputError(f"--out {self.out}: its run needs a folder called {self.folder}; name it otherwise")
         if self.folder.exists():
             self._lock()
@@ -101,12 +102,17 @@ class Run:
             raise InputError(f"{self.folder}: no run to resume; leave --resume out to begin one")
         try:
             found = json.loads(self.path("settings.json").read_text())
-            self.legs = [int(leg) for leg in found["steps"]]
-            self._check(found["settings"], settings)
-            self.weights = found["weights"]
-            state = self._load(device) if self.path("state.pt").is_file() else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+            self.legs, self.weights = [int(leg) for leg in found["steps"]], found["weights"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
+                state = self._load(device) if self.path("state.pt").is_file() else None
+            asked = {name: found["settings"].get(name) for name in settings}
+        except Exception as error:  # a damaged file can make the unpickler raise anything
             raise InputError(f"{self.folder}: its files are damaged; leave --resume out to begin again") from error
+        for name, value in settings.items():
+            if asked[name] != value:
+                what = "another clip" if name == "clip" else f"{name} {asked[name]}, not {value}"
+                raise InputError(f"{self.folder}: is a run of {what}; give what it was begun with, or no --resume")
         done = state.steps if state else 0
         if done < self.steps and steps not in (None, self.steps):
             raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
@@ -135,12 +141,6 @@ class Run:
         """Steps in words: 500, or 312 of 500, or 500 + 200."""
         planned = " + ".join(map(str, self.legs))
         return planned if done == self.steps else f"{done} of {planned}"
-
-    def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        for name, value in settings.items():
-            if found.get(name) != value:
-                what = "another clip" if name == "clip" else f"{name} {found.get(name)}, not {value}"
-                raise InputError(f"{self.folder}: is a run of {what}; give what it was begun with, or no --resume")
 
     def _write_settings(self, contents: dict[str, Any]) -> None:
         text = json.dumps({**contents, "version": __version__, "steps": self.legs}, indent=1)
@@ -237,12 +237,14 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError, InputError) as error:  # PyTorch has a RuntimeError for a full disk
-            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
             kept = f"; step {self.saved} is in {self.path('state.pt')}, from which --resume goes on"
-            raise OSError(f"{self.folder}: cannot be saved ({reason}){kept if self.saved > 0 else ''}") from error
+            reason = str(error) if isinstance(error, InputError) else f"{self.folder}: cannot be written ({error})"
+            raise OSError((reason + kept if self.saved > 0 else reason).replace("\n", " ")) from error
 
     def _load(self, device: torch.device) -> State:
         fields = torch.load(self.path("state.pt"), map_location=device, weights_only=True)
+        if not (fields["tokens"].isfinite().all() and 0 <= fields["steps"] <= self.steps):
+            raise ValueError("tokens or steps")
         views: list[View] = []
         if self.path("views.pt").is_file():
             none = fields["tokens"][None, :1, :0]  # [1, 1, 0, d]: every step puts the tokens in
