@@ -50,7 +50,7 @@ class Run:
         self.out, self.save_every = Path(out), save_every
         self.folder = _folder(self.out)
         self.legs: list[int] = []  # steps of each schedule of the rate: [500]; [500, 200] where 200 were added
-        self.saved = -1  # the step of state.pt
+        self.saved, self.saved_views = -1, 0  # the step of state.pt, the number of views in views.pt
         self.log: list[dict[str, float]] = []  # the lines of log.jsonl
         self.written = 0  # of them, those in the file
         self.began = self.drawn = time.perf_counter()
@@ -116,7 +116,7 @@ class Run:
         done = state.steps if state else 0
         if done < self.steps and steps not in (None, self.steps):
             raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
-        if done == self.steps and (steps is None or steps <= done):
+        if done == self.steps and (steps is None or steps <= done) and self.out.exists():
             more = f"--steps {done + max(self.legs[0] // 2, 1)}"
             raise InputError(f"{self.folder}: has taken its {self.text(done)} steps; {more}, say, takes more")
         return state
@@ -183,7 +183,8 @@ class Run:
             self.log.append({"step": progress.step, "loss": progress.loss, "seconds": seconds})
         # on a GPU losses arrive some steps late; the tokens are those of motion.steps
         due = progress.step >= self.saved + self.save_every and progress.step == progress.motion.steps
-        if due or progress.loss is None:  # before the first step: views and first tokens
+        due = due and progress.step < progress.steps  # at the end the embedding comes first: `finish`
+        if due or progress.loss is None:
             self.save()
             if time.perf_counter() - self.drawn > DRAW_SECONDS:
                 self.draw()
@@ -193,8 +194,9 @@ class Run:
         assert self.last is not None and self.last.state is not None
         state = self.last.state()
         with self._explained():
-            if not self.path("views.pt").exists() and state.views:
+            if len(state.views) > self.saved_views:
                 _save([(x0, cond.concat[:, :1], cond.micro) for x0, cond in state.views], self.path("views.pt"))
+                self.saved_views = len(state.views)
             if state.steps > self.saved:
                 fields = {"tokens": state.tokens, "optimizer": state.optimizer, "steps": state.steps}
                 _save(fields, self.path("state.pt"))
@@ -252,6 +254,7 @@ class Run:
                 frames = x0.shape[1]
                 concat = concat.expand(-1, frames, -1, -1, -1)  # [1, F, z, h, w]
                 views.append((x0, Conditioning(concat, micro, none.expand(-1, frames, -1, -1), none[:, 0])))
+        self.saved_views = len(views)
         return State(fields["tokens"], fields["optimizer"], fields["steps"], views)
 
 

@@ -1,10 +1,13 @@
 """Both command lines as a user runs them: subprocesses, a weight file of reduced size, real videos."""
 
+import fcntl
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -540,6 +543,7 @@ def test_a_log_gets_a_line_every_few_percent(capfd):
 def test_a_terminal_gets_one_bar(monkeypatch):
     """The bar of encoding goes when it is done; that of a resumed run starts where the run does."""
     master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         bars = cli.Bars()

@@ -118,6 +118,41 @@ def test_views_are_encoded_once_for_a_run_and_its_resumption(mini_svd, clip, tmp
     assert set(stages) == {"learn"} and motion.steps == 5
 
 
+def test_views_that_added_steps_need_are_kept_too(mini_svd, clip, tmp_path):
+    """One step takes one view, three take two."""
+    with begun(tmp_path / "m.pt", steps=1) as run:
+        train(mini_svd, clip, run, replace(ADAM, steps=1))
+    with resumed(tmp_path / "m.pt", steps=3) as (run, state):
+        assert len(state.views) == 1
+        train(mini_svd, clip, run, replace(ADAM, steps=3), stop=2, state=state)
+    with resumed(tmp_path / "m.pt") as (_, state):
+        assert len(state.views) == 2
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_killed_at_its_end_is_finished(mini_svd, clip, unstopped, tmp_path, monkeypatch, moment):
+    """Killed while it saves, before or after the embedding is there."""
+    save = Motion.save
+
+    def killed(motion, path):
+        if moment == "after":
+            save(motion, path)
+        raise ZeroDivisionError
+
+    with begun(tmp_path / "m.pt", save_every=5) as run:
+        monkeypatch.setattr(Motion, "save", killed)
+        with pytest.raises(ZeroDivisionError):
+            train(mini_svd, clip, run)
+        monkeypatch.undo()
+    with resumed(tmp_path / "m.pt") as (run, state):
+        train(mini_svd, clip, run, state=state)
+    assert torch.equal(Motion.load(tmp_path / "m.pt").tokens, unstopped[ADAM])
+    (tmp_path / "m.pt").unlink()
+    with resumed(tmp_path / "m.pt") as (run, state):
+        train(mini_svd, clip, run, state=state)
+    assert torch.equal(Motion.load(tmp_path / "m.pt").tokens, unstopped[ADAM])
+
+
 def test_a_run_killed_while_views_are_encoded_begins_again(mini_svd, clip, unstopped, tmp_path):
     with begun(tmp_path / "m.pt"):
         pass
