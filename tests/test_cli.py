@@ -576,3 +576,11 @@ def test_no_threads_of_the_programs_spin_while_they_wait(work):
         code = show.format(code).replace("\n; ", "\n")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+
+
+def test_programs_start_where_there_are_only_the_signals_and_modules_of_windows():
+    """No SIGHUP, no flock, no count of memory."""
+    take = "import signal, sys; del signal.SIGHUP; sys.modules['fcntl'] = sys.modules['resource'] = None; "
+    use = "from minimti import cli, signals; print(len(signals.STOPS), cli.peak_memory()); cli.run(lambda: None)"
+    done = subprocess.run([sys.executable, "-c", take + use], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2 None\n", "")
