@@ -146,7 +146,7 @@ class Bars:
         if not self.bar.disable:
             self.bar.set_postfix_str(self._postfix(), refresh=False)
             self.bar.update(self.step - before)
-        elif self.LINES * self.step // progress.steps > self.LINES * before // progress.steps:
+        elif self.LINES * self.step // max(progress.steps, 1) > self.LINES * before // max(progress.steps, 1):
             print(self._line(progress.steps), file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -288,7 +288,7 @@ def test_a_fault_in_training_keeps_the_last_good_step(work, call, monkeypatch):
     monkeypatch.setattr(invert, "loss_and_gradient", failing)
     args = ("--steps", "5", "--cache", "1", "--out", "fault.pt")
     code, out, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
-    assert code == 1 and "fault.pt: 5x5x48 tokens after 2 steps" in out
+    assert code == 1 and "fault.pt: 5x5x48 tokens after 2 of 5 steps" in out
     assert "train.py: error: the loss or gradient of step 3 (sigma" in error
     assert Motion.load(work / "fault.pt").steps == 2 and Motion.load(work / "fault.pt").tokens.isfinite().all()
 
