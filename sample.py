@@ -3,6 +3,15 @@
 Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding sets the motion.
 """
 
+if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
+    import os
+
+    from minimti import signals
+
+    signals.install(signals.end)
+    # Threads that spin while they wait take the time of those they wait for, once a core has other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import os
 import warnings

@@ -1,17 +1,35 @@
-"""Learn the motion of one reference video as an embedding:  python train.py ref.mp4 --out m.pt"""
+"""Learn the motion of one reference video as an embedding:  python train.py ref.mp4 --out m.pt
+
+Beside it, m.run/ holds the loss curve and all that --resume needs to go on.
+"""
+
+if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
+    import os
+
+    from minimti import signals
+
+    signals.install(signals.end)
+    # Threads that spin while they wait take the time of those they wait for, once a core has other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import shlex
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimti import cli
-from minimti.config import NUM_TOKENS, RECIPES
+from minimti import cli, signals
+from minimti.config import MODELS, NUM_TOKENS, RECIPES
 from minimti.io.files import check_writable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from minimti import Clip, Motion, Progress
     from minimti.config import SVDConfig
-    from minimti.io.video import Clip
+    from minimti.svd import SVD
 
 STRIP_HEIGHT = 160  # of a frame in the picture of --dry-run, at most, in pixels
 
@@ -59,6 +77,12 @@ def parse() -> argparse.Namespace:
     output = parser.add_argument_group("output").add_argument
     out = "the embedding; a name that ends in .safetensors gives that format (default: %(default)s)"
     output("--out", default="m.pt", metavar="FILE", help=out)
+    resume = "go on with the unfinished run of --out, or with a finished one for more --steps; settings as before"
+    output("--resume", action="store_true", help=resume)
+    preview = "every K steps, write a video of the clip beside what the tokens make of its first frame"
+    output("--preview", type=cli.integer(1, 10**6), metavar="K", help=preview)
+    save = "steps between two saves of what --resume needs (default: %(default)s)"
+    output("--save-every", type=cli.integer(1, 10**6), default=25, metavar="K", help=save)
 
     advanced = cli.add_advanced_arguments(parser).add_argument
     advanced("--lr", type=cli.number(0, 100), help="learning rate (default: the recipe's)")
@@ -121,7 +145,9 @@ def main() -> None:
     """Parse, learn, report."""
     args = parse()
     from minimti import learn, make_recipe
+    from minimti.checkpoint.fingerprint import fingerprint
     from minimti.io.video import check_source
+    from minimti.run import Run, digest
 
     check_source(args.video)
     check_writable(args.out, args.video, args.model or "")
@@ -139,22 +165,84 @@ def main() -> None:
         num_cached_views=args.cache,
     )
     clip = read(args, config)
-    began = time.perf_counter()
-    svd = cli.load_model(args, checkpoint, device)
-    seconds = time.perf_counter() - began
-    print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
+    # What the tokens depend on, besides weights and steps.
+    settings = {"model": config.name, "clip": digest(clip.frames), "tokens": args.tokens, "sets": args.sets}
+    settings |= {"flip": not args.no_flip, "seed": args.seed, "dtype": args.dtype, "vae-dtype": args.vae_dtype}
+    settings |= {name: value for name, value in vars(recipe).items() if name != "steps"}
 
-    bars = cli.Bars()
-    options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
-    try:
-        learn(svd, clip, recipe=recipe, seed=args.seed, memory=args.memory, progress=bars, release=True, **options)
-    finally:  # an interrupt at step 900 keeps the 900
-        bars.close()
-        motion = bars.motion
-        if motion is not None and (motion.steps > 0 or recipe.steps == 0):
-            motion.save(args.out)
-            shape = "x".join(map(str, motion.tokens.shape))
-            print(f"embedding  {args.out}: {shape} tokens after {motion.steps} steps")
+    with Run(args.out, args.save_every) as run:
+        state = run.find(settings, args.steps, device) if args.resume else None
+        recipe = replace(recipe, steps=max(run.steps, args.steps or 0)) if args.resume else recipe
+        began = time.perf_counter()
+        svd = cli.load_model(args, checkpoint, device)
+        seconds = time.perf_counter() - began
+        print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
+
+        with signals.held() as check:  # it waits for the end of a step, and for files to be whole
+            weights = fingerprint(svd.unet)
+            if args.resume:
+                notes = run.resume(state, weights, args.steps)
+            else:
+                notes = run.begin(settings, weights, recipe.steps, command())
+            print(*notes, sep="\n", end="\n" * bool(notes))
+            run.show_clip(clip.frames)
+
+            bars, shown = cli.Bars(), state.steps if state else 0
+
+            def watch(progress: "Progress") -> None:
+                nonlocal shown
+                bars(progress)
+                run(progress)
+                if progress.motion is not None:
+                    if progress.step < progress.motion.steps:
+                        return  # on a GPU losses arrive late, and the tokens are ahead of them
+                    if args.preview and progress.step // args.preview > shown // args.preview:
+                        path = run.path(f"preview-{progress.step:05}.mp4")
+                        preview(path, svd, progress.motion, clip, args.memory, lambda _: check())
+                        shown = progress.step
+                check()
+
+            options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
+            options |= {"seed": args.seed, "memory": args.memory, "release": not args.preview}
+            try:
+                learn(svd, clip, recipe=recipe, progress=watch, resume=state, **options)
+            finally:  # an interrupt at step 900 keeps the 900
+                bars.close()
+                motion = run.last and run.last.motion
+                if motion is not None and (motion.steps > 0 or recipe.steps == 0):
+                    run.finish(motion)
+                    shape = "x".join(map(str, motion.tokens.shape))
+                    print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
+                    print(f"next       {following(args, finished=motion.steps == run.steps)}")
+
+
+def preview(
+    path: Path, svd: "SVD", motion: "Motion", clip: "Clip", memory: str | None, progress: "Callable[[Progress], None]"
+) -> None:
+    """Writes a video of the clip and, beside it, of what the motion makes of the clip's first frame."""
+    import torch
+
+    from minimti import animate, write_clip
+    from minimti.io.pixels import to_uint8
+
+    motion = replace(motion, tokens=motion.tokens.clone())
+    branches = "low" if memory == "low" else "balanced"
+    video = animate(svd, motion, clip.frames[:1], seed=motion.seed, memory=branches, progress=progress)
+    write_clip(path, torch.cat([to_uint8(clip.frames), video], dim=-1), clip.fps)  # [F, 3, H, 2 W]
+
+
+def command() -> str:
+    """The command line of this program, without --resume."""
+    return shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume")])
+
+
+def following(args: argparse.Namespace, finished: bool) -> str:
+    """The command line to type next."""
+    if not finished:
+        return f"{command()} --resume"
+    named = args.model is None or args.model in MODELS  # else the embedding's model cannot be found by its name
+    model = [] if named else ["--model", args.model]
+    return shlex.join(["python", "sample.py", "--emb", args.out, "img.png", *model])
 
 
 if __name__ == "__main__":

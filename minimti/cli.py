@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from minimti import __version__
+from minimti import __version__, signals
 from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS
 from minimti.io.files import InputError
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from minimti.checkpoint.load import Checkpoint
-    from minimti.motion import Motion
     from minimti.pipeline import Progress
     from minimti.svd import SVD
 
@@ -150,41 +150,89 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torc
 
 
 class Bars:
-    """The `progress` of `learn` and `animate` as a bar for each stage, with the mean of the last losses."""
+    """The `progress` of `learn` and `animate`: a bar with step, mean of the last losses, s/it, time left, peak memory.
+
+    Where stderr is no terminal, such as a log, it is a line every few percent instead.
+    """
 
     LABELS = {"encode": "encoding", "learn": "inversion"}
-    FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
+    TEXT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
+    LINES = 20  # of a stage in a log
 
     def __init__(self, label: str = ""):
         self.label, self.stage = label, ""  # the label of stages that have none of their own
+        self.first, self.step, self.began = 0, 0, 0.0  # of this stage: steps done before, steps done, time
         self.bar: tqdm | None = None
         self.losses: deque[float] = deque(maxlen=50)
-        self.motion: Motion | None = None  # while it is learned
 
     def __call__(self, progress: "Progress") -> None:
         """Moves the bar of the stage, or begins it."""
-        from tqdm import tqdm
-
         if progress.stage != self.stage:
-            self.close()
-            self.stage = progress.stage
-            label = self.LABELS.get(self.stage, self.label)
-            self.bar = tqdm(total=progress.steps, desc=label, bar_format=self.FORMAT)
+            self._begin(progress)
         assert self.bar is not None
-        self.motion = progress.motion
+        before, self.step = self.step, progress.step
         if progress.loss is not None:
             self.losses.append(progress.loss)
-            self.bar.set_postfix(loss=f"{sum(self.losses) / len(self.losses):.4f}", refresh=False)
-        self.bar.update(progress.step - self.bar.n)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self._postfix(), refresh=False)
+            self.bar.update(self.step - before)
+        elif self.LINES * self.step // max(progress.steps, 1) > self.LINES * before // max(progress.steps, 1):
+            print(self._line(progress.steps), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar of the current stage."""
         if self.bar is not None:
             self.bar.close()
 
+    def _begin(self, progress: "Progress") -> None:
+        from tqdm import tqdm
+
+        self.close()
+        self.stage, self.began = progress.stage, time.perf_counter()
+        # "learn" reports where it starts, which is not 0 where a run is resumed; the others report a step done
+        self.first = self.step = progress.step - (self.stage != "learn")
+        self.bar = tqdm(
+            total=progress.steps,
+            initial=self.first,
+            desc=self._label(),
+            bar_format="{l_bar}{bar}| " + self.TEXT,
+            leave=self.stage != "encode",
+            disable=None,  # where stderr is no terminal
+        )
+
+    def _label(self) -> str:
+        return self.LABELS.get(self.stage, self.label)
+
+    def _line(self, steps: int) -> str:
+        from tqdm import tqdm
+
+        elapsed, text = time.perf_counter() - self.began, "{desc}: " + self.TEXT
+        numbers = {"initial": self.first, "prefix": self._label(), "postfix": self._postfix()}
+        return tqdm.format_meter(self.step, steps, elapsed, bar_format=text, **numbers)
+
+    def _postfix(self) -> str:
+        loss = [f"loss={sum(self.losses) / len(self.losses):.4f}"] if self.losses else []
+        peak = peak_memory()
+        return ", ".join(loss + ([f"peak {peak / 2**30:.1f} GiB"] if peak else []))
+
+
+def peak_memory() -> int | None:
+    """The most memory in bytes that this process has held so far: on the GPU where it has used one, else its own.
+
+    None where the system does not tell (Windows).
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a program. Unusable input exits with 2, a failure with 1, an interrupt with 130, each with one line.
+    """Runs a program. Unusable input exits with 2, a failure with 1, a signal with 128 + its number, each in a line.
 
     What the program prints needs no reader: it goes on when a pipe is closed.
     """
@@ -193,22 +241,20 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _exit_code(main: Callable[[], None]) -> int:
-    prog = sys.argv[0].rsplit("/", 1)[-1]
-    warnings.showwarning = lambda message, *_: _print_line(prog, "warning", str(message))
+    warnings.showwarning = lambda message, *_: _print_line("warning", str(message))
     try:
-        with on_stop(_interrupt):
+        with signals.handled(signals.end):
             main()
     except InputError as error:
-        _print_line(prog, "error", str(error))
+        _print_line("error", str(error))
         return 2
     except (FloatingPointError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
-        _print_line(prog, "error", (str(error) or type(error).__name__).splitlines()[0])
+        _print_line("error", (str(error) or type(error).__name__).splitlines()[0])
         return 1
-    except KeyboardInterrupt:
-        _print_line(prog, "error", "interrupted")
-        return 130
+    except KeyboardInterrupt as stop:
+        signals.end(getattr(stop, "number", signal.SIGINT))
     return 0
 
 
@@ -252,36 +298,14 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in known)
 
 
-@contextmanager
-def on_stop(handler: Callable, *also: signal.Signals) -> Iterator[None]:
-    """Calls the handler on SIGTERM, on SIGHUP (a terminal that closes) and on the signals named, instead of ending.
-
-    Signals that are ignored stay ignored: under nohup a program outlives its terminal.
-    """
-    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), *also}  # Windows has no SIGHUP
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        for number, old in before.items():
-            if old != signal.SIG_IGN:
-                signal.signal(number, handler)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
 def _is_out_of_memory(error: RuntimeError) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _interrupt(*_) -> NoReturn:
-    raise KeyboardInterrupt  # as Ctrl-C does
-
-
-def _print_line(prog: str, kind: str, message: str) -> None:
-    print(_line(prog, kind, message), file=sys.stderr)
+def _print_line(kind: str, message: str) -> None:
+    print(_line(signals.program(), kind, message), file=sys.stderr)
 
 
 def _line(prog: str, kind: str, message: str) -> str:

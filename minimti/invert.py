@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile, zip_longest
@@ -55,25 +56,45 @@ def make_recipe(config: SVDConfig, name: str | None = None) -> Recipe:
     raise ValueError(f"unknown recipe {name!r}: paper or muon")
 
 
+@dataclass
+class State:
+    """Where an inversion stands between two steps: all that it needs to go on as if it had not been stopped.
+
+    Draws need no state: they depend on the seed and the number of the step alone.
+    """
+
+    tokens: Tensor  # as Motion.tokens
+    optimizer: dict  # the part "state" of torch_optimizer.state_dict()
+    steps: int  # done
+    views: list[View]  # encoded so far, in order
+    begun: int = 0  # steps that were done when the rate's schedule began: more than 0 where steps were added at the end
+
+
 def invert(
-    svd: SVD, views: Callable[[int], View], motion: Motion, recipe: Recipe, fetch_every: int | None = None
+    svd: SVD,
+    views: Callable[[int], View],
+    motion: Motion,
+    recipe: Recipe,
+    fetch_every: int | None = None,
+    optimizer: "TokenOptimizer | None" = None,
 ) -> Iterator[float]:
-    """Optimises `motion.tokens` in place and yields the loss of every step.
+    """Optimises `motion.tokens` in place, from step `motion.steps` to `recipe.steps`, and yields each step's loss.
 
     `views(step)` returns the view for a step. The random draws of a step depend on its number and `motion.seed` alone.
+    `optimizer` is that of the recipe (default: a new one).
     Losses are fetched from the device every `fetch_every` steps (default: FETCH_EVERY, on a CPU 1) and yielded then.
 
     Raises FloatingPointError after a loss or a gradient that is not finite. Tokens and `motion.steps` are then those of
     the last good step.
     """
     svd.requires_grad_(False)
-    optimizer = OPTIMIZERS[recipe.optimizer](motion.tokens, recipe)
+    optimizer = optimizer or make_optimizer(motion, recipe)
     compute = _recorded(svd, motion) if motion.tokens.is_cuda else partial(loss_and_gradient, svd, motion)
     finite = torch.ones((), dtype=torch.bool, device=motion.tokens.device)  # no step so far went wrong
     fetch_every = fetch_every or (1 if motion.tokens.device.type == "cpu" else FETCH_EVERY)
     scale = None
     pending: list[tuple[Tensor, Tensor]] = []  # sigma, and the loss on the device
-    for step in range(recipe.steps):
+    for step in range(motion.steps, recipe.steps):
         x0, cond = views(step)
         sigma, n = draw(recipe, svd.config.sigma_max, motion.seed, step, x0.shape)
         scale = x0.new_full((), x0.numel()) if scale is None else scale
@@ -150,8 +171,17 @@ def _recorded(svd: SVD, motion: Motion) -> Callable[[View, Tensor, Tensor, Tenso
         current = replace(motion, tokens=tokens)
         return loss_and_gradient(svd, current, (x0, Conditioning(concat, micro, *current.sets)), *rest)
 
-    graph = Graphed(step)
-    return lambda view, *rest: graph(motion.tokens, view[0], view[1].concat, view[1].micro, *rest)
+    graph, fetches = Graphed(step), svd.fetches
+
+    def replay(view: View, *rest: Tensor) -> tuple[Tensor, ...]:
+        nonlocal graph, fetches
+        svd.fetch("unet")
+        if svd.fetches != fetches:  # its weights are in other memory than those that were recorded
+            graph, fetches = Graphed(step), svd.fetches
+        x0, cond = view
+        return graph(motion.tokens, x0, cond.concat, cond.micro, *rest)
+
+    return replay
 
 
 class TokenOptimizer(Protocol):
@@ -168,7 +198,7 @@ class TokenOptimizer(Protocol):
 class Adam:
     """The paper's optimiser (B.2), at a constant rate."""
 
-    def __init__(self, tokens: Tensor, recipe: Recipe):
+    def __init__(self, tokens: Tensor, recipe: Recipe, done: int = 0):
         self.tokens = tokens
         self.torch_optimizer = torch.optim.Adam([tokens], recipe.lr, capturable=tokens.is_cuda)
 
@@ -179,10 +209,23 @@ class Adam:
         self.tokens.grad = None
 
 
-OPTIMIZERS: dict[str, Callable[[Tensor, Recipe], TokenOptimizer]] = {
+# tokens, recipe, and how many of the recipe's steps have been taken
+OPTIMIZERS: dict[str, Callable[..., TokenOptimizer]] = {
     "adam": Adam,
-    "muon": lambda tokens, recipe: SharedMuon(tokens, recipe.lr, recipe.steps),
+    "muon": lambda tokens, recipe, done=0: SharedMuon(tokens, recipe.lr, recipe.steps, done),
 }
+
+
+def make_optimizer(motion: Motion, recipe: Recipe, state: State | None = None) -> TokenOptimizer:
+    """The recipe's optimiser for the step that follows `motion.steps`; new, or that of a state."""
+    if state is None:
+        return OPTIMIZERS[recipe.optimizer](motion.tokens, recipe)
+    schedule = replace(recipe, steps=recipe.steps - state.begun)
+    optimizer = OPTIMIZERS[recipe.optimizer](motion.tokens, schedule, state.steps - state.begun)
+    inner = optimizer.torch_optimizer
+    # all but the state follows from recipe and device
+    inner.load_state_dict({**inner.state_dict(), "state": deepcopy(state.optimizer)})
+    return optimizer
 
 
 def _step_if(finite: Tensor, optimizer: TokenOptimizer, grad: Tensor) -> None:

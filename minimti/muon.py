@@ -4,11 +4,11 @@ Adam's steps are long in the few directions with large gradients and short in th
 matrices only, no convolutions, and computes in bfloat16, which is hundreds of times slower on a CPU that emulates it.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 MIN_SIDE = 16  # the fewest rows and columns of a weight that counts as a matrix
 UPDATE_RMS = 0.2  # rms of an update over the learning rate, about Adam's: both can share a rate (Liu et al. 2025)
@@ -77,22 +77,25 @@ class Muon(torch.optim.Optimizer):
 class SharedMuon:
     """Optimises tokens [sets, N, d] in place: one step that all sets share, and a shorter one of each set's own.
 
-    The shared step follows the sum of the sets' gradients. The rate falls from `lr` to 0 along half a cosine.
+    The shared step follows the sum of the sets' gradients. The rate falls from `lr` to 0 along half a cosine of `steps`
+    steps, of which `done` have been taken.
     """
 
-    def __init__(self, tokens: Tensor, lr: float, steps: int):
-        self.tokens = tokens
+    def __init__(self, tokens: Tensor, lr: float, steps: int, done: int = 0):
+        self.tokens, self.steps, self.done = tokens, steps, done
         self.rows = tokens.view(-1, tokens.shape[-1])  # [sets N, d], the same memory
         self.shared = torch.zeros_like(tokens[0])  # [N, d]
-        groups: list[dict] = [{"params": [self.shared]}, {"params": [self.rows], "lr": PER_SET_LR_RATIO * lr}]
+        self.rates = (lr, PER_SET_LR_RATIO * lr)  # at the cosine's start
+        groups: list[dict] = [{"params": [self.shared]}, {"params": [self.rows]}]
         self.torch_optimizer = Muon(groups, lr, momentum=TOKEN_MOMENTUM)
-        self.schedule = CosineAnnealingLR(self.torch_optimizer, steps)
 
     def step(self, grad: Tensor) -> None:
         """One step along the gradient [sets, N, d]."""
+        for group, rate in zip(self.torch_optimizer.param_groups, self.rates):
+            group["lr"] = rate * (1 + math.cos(math.pi * self.done / self.steps)) / 2
+        self.done += 1
         self.shared.grad = grad.sum(dim=0)
         self.rows.grad = grad.view_as(self.rows)
         self.torch_optimizer.step()
-        self.schedule.step()
         self.tokens.add_(self.shared)
         self.shared.zero_()

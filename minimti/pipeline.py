@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
 from minimti.config import NUM_TOKENS, MicroConditioning, printable
 from minimti.hardware import available_memory, default_device
-from minimti.invert import Recipe, View, invert, make_recipe, view
+from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_optimizer, make_recipe, view
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip
@@ -33,10 +34,11 @@ class Progress:
     """How far `learn` or `animate` has come."""
 
     stage: str  # "encode" (views of the clip), "learn" or "sample"
-    step: int  # steps done; "learn" starts with 0, before the first
+    step: int  # steps done; "learn" starts before the first, with 0 or the steps of the run that is resumed
     steps: int
     loss: float | None = None  # in "learn": that of the step
     motion: Motion | None = None  # in "learn"; changes in place, and on a GPU may be some steps ahead: motion.steps
+    state: Callable[[], State] | None = None  # in "learn": a copy of where motion.steps stands, for `resume`
 
 
 def load(
@@ -118,6 +120,7 @@ def learn(
     memory: str | Budget = "auto",
     progress: Callable[[Progress], None] = lambda _: None,
     release: bool = False,
+    resume: State | None = None,
 ) -> Motion:
     """The motion of a clip as an embedding: motion-textual inversion (paper 3.3, B.2).
 
@@ -131,6 +134,8 @@ def learn(
                 "max", "fast", "balanced" or "low", or a Budget that `make_budget` returned
     progress    called as the work goes on. An exception that it raises ends the work; Progress.motion has the tokens.
     release     free networks for good after their last use here, instead of parking them on the CPU
+    resume      go on from here, with the clip and the settings of the run that it is from. `steps` counts all steps:
+                those done before too. More of them than that run had: set State.begun for another cosine of the rate
 
     The tokens are on the device of the model. Raises FloatingPointError after a loss or gradient that is not finite,
     ValueError for an unknown recipe, RuntimeError where a network has been released.
@@ -141,19 +146,23 @@ def learn(
     size = frames.shape[-1], frames.shape[-2]
     svd.use(make_budget(svd, len(frames), size, memory, training=True) if isinstance(memory, str) else memory)
     done_with = svd.release if release else svd.park
-    with torch.no_grad():
-        embeddings = svd.embed(frames)
+    if resume is None:
+        with torch.no_grad():
+            embeddings = svd.embed(frames)
+        generator = torch.Generator().manual_seed(seed)
+        tokens = initialise(embeddings, num_tokens, generator, shared_start=recipe.shared_start)
+        tokens = tokens[-1:].clone() if shared else tokens  # the temporal set starts from the mean in every recipe
+    else:
+        tokens = resume.tokens.to(svd.device, copy=True)
     done_with("image_encoder")
 
-    generator = torch.Generator().manual_seed(seed)
-    tokens = initialise(embeddings, num_tokens, generator, shared_start=recipe.shared_start)
     motion = Motion(
-        tokens=tokens[-1:].clone() if shared else tokens,  # the temporal set alone starts from the mean in every recipe
+        tokens=tokens,
         num_frames=len(frames),
         model=svd.config.name,
         micro=svd.config.micro,
         size=size,
-        steps=0,
+        steps=resume.steps if resume else 0,
         seed=seed,
         fingerprint=fingerprint(svd.unet),
         total_steps=recipe.steps,
@@ -162,23 +171,33 @@ def learn(
     motion.check()  # what could not be saved is refused before hours of work
 
     views: Callable[[int], View] = partial(view, svd, frames, motion, flip)
+    cached: list[View] = list(resume.views) if resume else []
     if count := min(recipe.num_cached_views, recipe.steps):
-        views = _cached(views, count, progress)
+        views = _cached(views, cached, count, progress)
         done_with("vae")
 
-    progress(Progress("learn", 0, recipe.steps, motion=motion))
-    for step, loss in enumerate(invert(svd, views, motion, recipe), start=1):
-        progress(Progress("learn", step, recipe.steps, loss, motion))
+    optimizer = make_optimizer(motion, recipe, resume)
+    state = partial(_state, motion, optimizer, cached, resume.begun if resume else 0)
+    progress(Progress("learn", motion.steps, recipe.steps, motion=motion, state=state))
+    losses = invert(svd, views, motion, recipe, optimizer=optimizer)
+    for step, loss in enumerate(losses, start=motion.steps + 1):
+        progress(Progress("learn", step, recipe.steps, loss, motion, state))
     return motion
 
 
-def _cached(views: Callable[[int], View], count: int, progress: Callable[[Progress], None]) -> Callable[[int], View]:
-    """The first `count` views, made now; the steps take them in turn."""
-    cached = []
-    for index in range(count):
+def _cached(
+    views: Callable[[int], View], cached: list[View], count: int, progress: Callable[[Progress], None]
+) -> Callable[[int], View]:
+    """The first `count` views; the steps take them in turn. Those that `cached` lacks are made now, and added to it."""
+    for index in range(len(cached), count):
         cached.append(views(index))
         progress(Progress("encode", index + 1, count))
     return lambda step: cached[step % count]
+
+
+def _state(motion: Motion, optimizer: TokenOptimizer, views: list[View], begun: int) -> State:
+    state = deepcopy(optimizer.torch_optimizer.state_dict()["state"])
+    return State(motion.tokens.clone(), state, motion.steps, views, begun)
 
 
 @torch.no_grad()

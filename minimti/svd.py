@@ -60,6 +60,7 @@ class SVD(nn.Module):
         self.vae = VAE(config.vae)
         self.image_encoder = image_encoder.build(config.image_encoder)
         self.budget = Budget()
+        self.fetches = 0  # how often a parked network has come back; what was recorded of it is void then
         self.device: torch.device | None = None  # where the networks compute; None: where their weights are, unparked
 
     @property
@@ -85,14 +86,14 @@ class SVD(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1,1] -> CLIP embeddings [B, d] in fp32."""
-        self._fetch("image_encoder")
+        self.fetch("image_encoder")
         pixels = image_encoder.preprocess(images, self.config.image_encoder.image_size)
         dtype = next(self.image_encoder.parameters()).dtype
         return self.image_encoder(pixels.to(dtype)).to(images.dtype)
 
     def encode(self, clip: Tensor) -> Tensor:
         """Clip [B, F, 3, H, W] in [-1,1] -> scaled latents [B, F, z, h, w]."""
-        self._fetch("vae")
+        self.fetch("vae")
         raw = self.vae.encode(clip.flatten(0, 1), self.budget.images_per_call)  # [(B F), z, h, w]
         return raw.unflatten(0, clip.shape[:2]) * self.config.vae.scale_factor  # [B, F, z, h, w]
 
@@ -102,7 +103,7 @@ class SVD(nn.Module):
         All frames of a clip are decoded together: the decoder's layers over time mix them, so decoding in chunks of
         frames is another function, with visible seams.
         """
-        self._fetch("vae")
+        self.fetch("vae")
         raw = (latents / self.config.vae.scale_factor).to(self.vae.quant_conv.weight.dtype)
         with torch.no_grad():
             return torch.stack([self._decode(clip) for clip in raw]).to(latents.dtype)
@@ -126,7 +127,7 @@ class SVD(nn.Module):
         Noise of deviation `micro.cond_aug` is added to the pixels before they are encoded. It is drawn on the CPU from
         `generator`, so that a seed means the same on every device.
         """
-        self._fetch("vae")
+        self.fetch("vae")
         spatial, temporal = tokens
         noise = torch.randn(image.shape, generator=generator).to(image)
         with torch.no_grad():
@@ -141,7 +142,7 @@ class SVD(nn.Module):
 
     def network(self, cond: Conditioning) -> edm.Network:
         """F_theta of equation 2 under a conditioning. Its tokens are projected to keys and values here, once."""
-        self._fetch("unet")
+        self.fetch("unet")
         contexts = self.unet.project_tokens(cond.spatial, cond.temporal)
 
         def F_theta(x: Tensor, c_noise: Tensor) -> Tensor:
@@ -205,12 +206,14 @@ class SVD(nn.Module):
         """Frees a network for good. Using it afterwards raises ReleasedError, a RuntimeError."""
         setattr(self, name, _Released(name))
 
-    def _fetch(self, name: str) -> None:
+    def fetch(self, name: str) -> None:
+        """Moves a parked network back. Raises ReleasedError."""
         network: nn.Module = getattr(self, name)
         if isinstance(network, _Released):
             raise ReleasedError(name)
         if self.device is not None and next(network.parameters()).device != self.device:
             network.to(self.device)
+            self.fetches += 1
 
 
 class ReleasedError(RuntimeError, AttributeError):

@@ -1,11 +1,15 @@
 """Both command lines as a user runs them: subprocesses, a weight file of reduced size, real videos."""
 
 import argparse
+import fcntl
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +24,7 @@ from PIL import Image
 import minimti
 import sample
 import train
-from minimti import cli, pipeline
+from minimti import cli, pipeline, signals
 from minimti.config import MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
@@ -355,7 +359,7 @@ def test_a_fault_in_training_keeps_the_last_good_step(work, call, monkeypatch):
     monkeypatch.setattr(invert, "loss_and_gradient", failing)
     args = ("--steps", "5", "--cache", "1", "--out", "fault.pt")
     code, out, error = call("train.py", "ref.mp4", *SMALL_FILE, *args)
-    assert code == 1 and "fault.pt: 5x5x48 tokens after 2 steps" in out
+    assert code == 1 and "fault.pt: 5x5x48 tokens after 2 of 5 steps" in out
     assert "train.py: error: the loss or gradient of step 3 (sigma" in error
     assert Motion.load(work / "fault.pt").steps == 2 and Motion.load(work / "fault.pt").tokens.isfinite().all()
 
@@ -477,40 +481,186 @@ def test_bad_input_is_one_line_of_the_process_too(work):
     assert done.stderr == "sample.py: error: img.png: not a motion-text embedding written by train.py\n"
 
 
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
 def test_a_program_leaves_signals_as_they_were(call):
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in stops]
+    before = [signal.getsignal(number) for number in STOPS]
     assert call("sample.py", "--seed", "-1", "img.png")[0] == 2
-    assert [signal.getsignal(number) for number in stops] == before
+    assert [signal.getsignal(number) for number in STOPS] == before
 
 
 def test_what_is_ignored_stays_ignored():
     """As nohup does, before it starts a program."""
     asked, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.on_stop(lambda number, _: asked.append(number), signal.SIGUSR1):
-            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        with signals.handled(lambda number, _: asked.append(number)):
+            for number in STOPS:
                 os.kill(os.getpid(), number)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert asked == [signal.SIGTERM, signal.SIGUSR1]
+    assert asked == [signal.SIGINT, signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_training_keeps_its_steps(work, number):
-    """Ctrl-C, a kill or a lost terminal after some steps: the embedding is there and says how many."""
-    args = [sys.executable, str(ROOT / "train.py"), "ref.mp4", *SMALL_FILE, "--out", "cut.pt"]
-    args += ["--cache", "2", "--steps", "1000"]
+def test_held_signals_wait_for_the_check_or_for_the_end():
+    came = []
+    with signals.handled(lambda number, _: came.append(number)):
+        with signals.held() as check:
+            check()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not came
+            with pytest.raises(signals.Interrupted) as stop:
+                check()
+        assert stop.value.number == signal.SIGTERM and came == [signal.SIGTERM]
+        with pytest.raises(ValueError), signals.held():  # its own error ends the program
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError
+    assert came == [signal.SIGTERM]
+
+
+# ------------------------------------------------------------------------------------------------------------- watching
+
+
+@contextmanager
+def started(work: Path, *args: str, seen: bytes = b"", heed: tuple = ()):
+    """A program in the background, from the moment on at which its stderr contains `seen`: process, stderr so far."""
     # A test run in the background of a script has SIGINT ignored, under nohup SIGHUP, and hands that down.
-    heed = partial(signal.signal, number, signal.SIG_DFL)
-    with subprocess.Popen(args, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed) as process:
-        seen = b""
-        while b"2/1000" not in seen:
-            assert (more := process.stderr.read1()), seen  # it must not end by itself
-            seen += more
-        process.send_signal(number)
+    default = partial(lambda numbers: [signal.signal(number, signal.SIG_DFL) for number in numbers], heed)
+    command = [sys.executable, str(ROOT / args[0]), *args[1:]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=work, preexec_fn=default, **pipes) as process:
+        error = b""
+        while seen not in error:
+            assert (more := process.stderr.read1()), error  # it must not end by itself
+            error += more
+        yield process
+
+
+LONG = ("ref.mp4", *SMALL_FILE, "--cache", "2", "--steps", "20", "--save-every", "4", "--tokens", "2")
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT], [signal.SIGHUP] * 3])
+def test_interrupted_training_keeps_its_steps(work, call, numbers):
+    """Ctrl-C, a kill or a lost terminal, and more of them while it saves: the embedding says how many, and goes on."""
+    with started(work, "train.py", *LONG, "--out", "cut.pt", seen=b"inversion: 2/20", heed=STOPS) as process:
+        for number in numbers:
+            process.send_signal(number)
         out, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error.endswith(b"train.py: error: interrupted\n")
+    assert process.returncode in [128 + number for number in numbers], error  # those that wait come in any order
+    assert error.splitlines()[-1] == b"train.py: error: interrupted" and b"Traceback" not in error
+    assert error.count(b"interrupted") == 1
     motion = Motion.load(work / "cut.pt")
-    assert 2 <= motion.steps < 1000 and f"after {motion.steps} steps" in out.decode()
+    assert 2 <= motion.steps < 20 and f"after {motion.steps} of 20 steps" in out.decode()
+    line = next(line for line in out.decode().splitlines() if line.startswith("next"))
+    assert line.split()[1:2] == ["python"] and line.endswith(f"train.py {' '.join(LONG)} --out cut.pt --resume")
+
+
+def test_a_killed_run_is_resumed_by_its_command(work, call):
+    """Killed outright in the middle; the tokens are those of a run never stopped."""
+    args = ("train.py", *LONG, "--out", "killed.pt")
+    with started(work, *args, seen=b"inversion: 10/20") as process:
+        process.kill()
+    assert not (work / "killed.pt").exists()
+    code, out, error = call(*args, "--resume")
+    assert code == 0 and "killed.run: goes on after 8 steps" in out, error
+    assert "killed.pt: 5x2x48 tokens after 20 steps" in out and "next       python sample.py --emb killed.pt" in out
+    assert call("train.py", *LONG, "--out", "whole.pt")[0] == 0
+    assert torch.equal(Motion.load(work / "killed.pt").tokens, Motion.load(work / "whole.pt").tokens)
+    code, _, error = call(*args, "--resume", "--seed", "1")
+    assert code == 2 and "killed.run: is a run of seed 0, not 1" in error
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_ends_a_program_with_one_line_from_its_first_import_on(work, program, number):
+    code = (
+        f"import os, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{program!r}, 'x']\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'argparse': os.kill(os.getpid(), {int(number)})\n"
+        "sys.modules.pop('argparse', None); sys.meta_path.insert(0, Stop())\n"
+        f"runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
+    )
+    heed = partial(signal.signal, number, signal.SIG_DFL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=work, preexec_fn=heed)
+    assert (done.returncode, done.stderr) == (128 + number, f"{program}: error: interrupted\n")
+
+
+def test_a_rerun_renames_what_stands_there_and_says_so(work, call):
+    for expected in ([], ["renamed    re.pt, which stood there, to re-1.pt", "renamed    re.run, which stood"]):
+        code, out, error = call("train.py", "ref.mp4", *SMALL_FILE, "--steps", "1", "--cache", "1", "--out", "re.pt")
+        assert code == 0 and all(line in out for line in expected), error
+    assert (work / "re-1.pt").exists() and (work / "re-1.run" / "settings.json").exists()
+
+
+def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token(work, call):
+    args = ("train.py", "ref.mp4", *SMALL_FILE, "--steps", "3", "--cache", "2")
+    assert call(*args, "--out", "plain.pt")[0] == 0
+    code, _, error = call(*args, "--out", "shown.pt", "--preview", "2")
+    assert code == 0, error
+    assert [path.name for path in (work / "shown.run").glob("*.mp4")] == ["preview-00002.mp4"]
+    path = work / "shown.run" / "preview-00002.mp4"
+    assert properties(path)[2:5] == (4, 256, 64)
+    frames, *_ = decode_clip(path, 4, 0, None, 1)
+    clip = (read_clip(work / "ref.mp4", SMALL).frames + 1) * 127.5
+    assert (frames[..., :128].float() - clip).abs().mean() < 4 < (frames[..., 128:].float() - clip).abs().mean()
+    assert torch.equal(Motion.load(work / "plain.pt").tokens, Motion.load(work / "shown.pt").tokens)
+
+
+def test_a_log_gets_a_line_every_few_percent(capfd):
+    bars = cli.Bars()
+    for step in range(1001):
+        bars(pipeline.Progress("learn", step, 1000, loss=0.25 if step else None))
+    bars.close()
+    error = capfd.readouterr().err
+    assert "\r" not in error and error.count("\n") == cli.Bars.LINES
+    last = error.splitlines()[-1]
+    assert last.startswith("inversion: 1000/1000 [") and "s/it, loss=0.2500, peak " in last and last.endswith(" GiB]")
+
+
+def test_a_terminal_gets_one_bar(monkeypatch):
+    """The bar of encoding goes when it is done; that of a resumed run starts where the run does."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        bars = cli.Bars()
+        for stage, first, steps in (("encode", 1, 2), ("learn", 312, 500)):
+            for step in range(first, steps + 1):
+                bars(pipeline.Progress(stage, step, steps, loss=0.5 if stage == "learn" and step > first else None))
+        bars.close()
+    text = ""
+    with open(master, "rb", buffering=0) as screen, suppress(OSError):  # Linux ends it with an error
+        while more := screen.read(1 << 12):
+            text += more.decode()
+    assert "312/500" in text and "loss=0.5000, peak" in text and "500/500" in text
+    screen = [line.split("\r")[-1] for line in text.split("\r\n")]
+    assert sum("encoding" in line for line in screen) == 0 and sum("inversion" in line for line in screen) == 1
+
+
+def test_no_threads_of_the_programs_spin_while_they_wait(work):
+    """Unless the user has said otherwise; importing the package changes nothing."""
+    show = "import os, runpy, sys; {}; print(os.environ.get('OMP_WAIT_POLICY'))"
+    cases = [("import minimti, minimti.cli, train", None, "None")]
+    for program in ("train.py", "sample.py"):
+        run_it = (
+            f"sys.argv = ['{program}', '--version']\ntry: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
+        )
+        run_it += "\nexcept SystemExit: pass\n"
+        cases += [(run_it, None, "passive"), (run_it, "active", "active")]
+    for code, policy, expected in cases:
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+        code = show.format(code).replace("\n; ", "\n")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+
+
+def test_programs_start_where_there_are_only_the_signals_and_modules_of_windows():
+    """No SIGHUP, no flock, no count of memory."""
+    take = "import signal, sys; del signal.SIGHUP; sys.modules['fcntl'] = sys.modules['resource'] = None; "
+    use = "from minimti import cli, signals; print(len(signals.STOPS), cli.peak_memory()); cli.run(lambda: None)"
+    done = subprocess.run([sys.executable, "-c", take + use], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2 None\n", "")

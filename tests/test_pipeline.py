@@ -145,8 +145,8 @@ def test_views_are_made_once_and_taken_in_turn(svd, clip, monkeypatch, cached, e
         made.append(index)
         return view(svd, clip, motion, flip, index)
 
-    def spied(svd, views, motion, recipe):
-        return invert(svd, lambda step: used.append(views(step)[0]) or views(step), motion, recipe)
+    def spied(svd, views, motion, recipe, **options):
+        return invert(svd, lambda step: used.append(views(step)[0]) or views(step), motion, recipe, **options)
 
     monkeypatch.setattr(pipeline, "view", recorded)
     monkeypatch.setattr(pipeline, "invert", spied if cached else invert)

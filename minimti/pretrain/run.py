@@ -7,10 +7,8 @@ data of a step depends only on seed, stage and step, so the result is bit-identi
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minimti import cli, hardware, pipeline
+from minimti import hardware, pipeline, signals
 from minimti.checkpoint.key_maps import official_source
 from minimti.checkpoint.load import open_checkpoint, sources
 from minimti.config import SVDConfig, printable, to_json
@@ -277,22 +275,6 @@ def require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
-@contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], None]]:
-    """Within it, Ctrl-C and similar signals have no effect until the yielded function is called.
-
-    That function raises KeyboardInterrupt if a signal has come.
-    """
-    received: list[bool] = []
-
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt
-
-    with cli.on_stop(lambda *_: received.append(True), signal.SIGINT):
-        yield check
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -506,7 +488,7 @@ def pretrain(
         make_folder(place)
         check_writable(place / "checkpoint.pt")
     run = begin(config, folder, out, seed, scale, names, settings)
-    with deferred_interrupts() as check:
+    with signals.held() as check:
         while run.stage < len(run.stages):
             name = run.stages[run.stage].name
             train(run, check)

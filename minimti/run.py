@@ -1,0 +1,321 @@
+"""The folder of a run, m.run/ beside the embedding m.pt: what the run was asked for, how far it is, what to look at.
+
+settings.json     the command, and all that the tokens depend on
+log.jsonl         a line for each step
+state.pt          tokens and optimiser: where --resume goes on
+views.pt          the encoded views of the clip
+clip.png          the frames that are learned
+loss.png          the loss over the steps
+preview-00100.mp4 the clip, and beside it what the tokens of a step make of its first frame (--preview)
+lock              held by the process that trains
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+from minimti import __version__
+from minimti.checkpoint.fingerprint import differs
+from minimti.invert import State, View
+from minimti.io.files import InputError, atomic_write, make_folder
+from minimti.io.write import write_strip
+from minimti.motion import Motion
+from minimti.pipeline import Progress
+from minimti.svd import Conditioning
+
+SMOOTHED = 50  # losses in the mean that the curve shows
+DRAW_SECONDS = 60  # at least so long between two drawings of the curve while training: one takes half a second
+STRIP_HEIGHT = 128  # of a frame in clip.png, at most, in pixels
+
+
+class Run:
+    """The run of an embedding: an object to be called with each Progress of `learn`.
+
+    Within a `with` block no other process can hold the run of the same folder.
+    """
+
+    def __init__(self, out: str | Path, save_every: int):
+        self.out, self.save_every = Path(out), save_every
+        self.folder = _folder(self.out)
+        self.legs: list[int] = []  # steps of each schedule of the rate: [500]; [500, 200] where 200 were added
+        self.saved, self.saved_views = -1, 0  # the step of state.pt, the number of views in views.pt
+        self.log: list[dict[str, float]] = []  # the lines of log.jsonl
+        self.written = 0  # of them, those in the file
+        self.began = self.drawn = time.perf_counter()
+        self.last: Progress | None = None  # of stage "learn"
+        self._locks: list[IO] = []
+
+    def __enter__(self) -> "Run":
+        if self.folder.is_file():
+            raise InputError(f"--out {self.out}: its run needs a folder called {self.folder}; name it otherwise")
+        if self.folder.exists():
+            self._lock()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for lock in self._locks:
+            lock.close()
+
+    @property
+    def steps(self) -> int:
+        """All steps of the run, those of earlier schedules too."""
+        return sum(self.legs)
+
+    def path(self, name: str) -> Path:
+        """A file of the folder."""
+        return self.folder / name
+
+    # ------------------------------------------------------------------------------------------------ begin, resume
+
+    def begin(self, settings: dict[str, Any], weights: dict[str, list[float]], steps: int, command: str) -> list[str]:
+        """A new run. An embedding or a run that stands there is renamed; returns what to print about it."""
+        if not self._locks:
+            self._lock()
+        new_out, new_folder = _free(self.out)
+        moved = _rename(self.out, new_out)
+        if self.path("settings.json").exists():
+            moved += _rename(self.folder, new_folder)
+            self._lock()
+        self.legs = [steps]
+        self._write_settings({"settings": settings, "weights": weights, "command": command})
+        return moved
+
+    def find(self, settings: dict[str, Any], steps: int | None, device: torch.device) -> State | None:
+        """The state to go on from; None where the run was stopped before all views were encoded.
+
+        `steps` is the number asked for: None or that of the run, or more where the run is finished.
+        Raises InputError where there is no run, or it is one of other settings.
+        """
+        if not self.path("settings.json").is_file():
+            raise InputError(f"{self.folder}: no run to resume; leave --resume out to begin one")
+        try:
+            found = json.loads(self.path("settings.json").read_text())
+            self.legs, self.weights = [int(leg) for leg in found["steps"]], found["weights"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
+                state = self._load(device) if self.path("state.pt").is_file() else None
+            asked = {name: found["settings"].get(name) for name in settings}
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            raise InputError(f"{self.folder}: its files are damaged; leave --resume out to begin again") from error
+        for name, value in settings.items():
+            if asked[name] != value:
+                what = "another clip" if name == "clip" else f"{name} {asked[name]}, not {value}"
+                raise InputError(f"{self.folder}: is a run of {what}; give what it was begun with, or no --resume")
+        done = state.steps if state else 0
+        if done < self.steps and steps not in (None, self.steps):
+            raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
+        if done == self.steps and (steps is None or steps <= done) and self.out.exists():
+            more = f"--steps {done + max(self.legs[0] // 2, 1)}"
+            raise InputError(f"{self.folder}: has taken its {self.text(done)} steps; {more}, say, takes more")
+        return state
+
+    def resume(self, state: State | None, weights: dict[str, list[float]], steps: int | None) -> list[str]:
+        """Goes on with the run that `find` found; returns what to print. Raises InputError for other weights."""
+        if differs(weights, self.weights):
+            raise InputError(f"{self.folder}: was made with other weights of this model")
+        said: list[str] = []
+        if state:
+            if state.steps == self.steps and steps is not None:
+                said += _rename(self.out, _free(self.out)[0])
+                self.legs.append(steps - state.steps)
+                self._write_settings(json.loads(self.path("settings.json").read_text()))
+            state.begun = sum(self.legs[:-1])
+            self.saved = state.steps
+            self.log = [entry for entry in _entries(self.path("log.jsonl")) if entry["step"] <= state.steps]
+            said.append(f"run        {self.folder}: goes on after {state.steps} steps")
+        return said
+
+    def text(self, done: int) -> str:
+        """Steps in words: 500, or 312 of 500, or 500 + 200."""
+        planned = " + ".join(map(str, self.legs))
+        return planned if done == self.steps else f"{done} of {planned}"
+
+    def _write_settings(self, contents: dict[str, Any]) -> None:
+        text = json.dumps({**contents, "version": __version__, "steps": self.legs}, indent=1)
+        with atomic_write(self.path("settings.json")) as part:
+            part.write_text(text)
+
+    def _lock(self) -> None:
+        """Makes the folder where there is none, and holds its lock until this process ends."""
+        try:
+            import fcntl
+        except ImportError:  # Windows: nothing keeps a second process away
+            return make_folder(self.folder)
+        while True:
+            make_folder(self.folder)
+            try:
+                lock = open(self.path("lock"), "a")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path("lock"))):
+                    return self._locks.append(lock)
+            except BlockingIOError as error:
+                raise InputError(f"{self.folder}: another process is training there; name another --out") from error
+            except FileNotFoundError:  # another process renamed or removed the folder in between
+                pass
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network drives have no locks
+                    return None
+                raise InputError(f"{self.folder}: cannot be locked ({error.strerror})") from error
+
+    # ------------------------------------------------------------------------------------------------------ progress
+
+    def __call__(self, progress: Progress) -> None:
+        """Logs the step, and saves where it is time to."""
+        if progress.stage != "learn" or progress.motion is None:
+            return
+        self.last = progress
+        if progress.loss is None:  # before the first step
+            self.began = time.perf_counter() - (self.log[-1]["seconds"] if self.log else 0)
+        else:
+            seconds = round(time.perf_counter() - self.began, 3)
+            self.log.append({"step": progress.step, "loss": progress.loss, "seconds": seconds})
+        # on a GPU losses arrive some steps late; the tokens are those of motion.steps
+        due = progress.step >= self.saved + self.save_every and progress.step == progress.motion.steps
+        due = due and progress.step < progress.steps  # at the end the embedding comes first: `finish`
+        if due or progress.loss is None:
+            self.save()
+            if time.perf_counter() - self.drawn > DRAW_SECONDS:
+                self.draw()
+
+    def save(self) -> None:
+        """Writes the log and, where steps have been taken since, the state. Raises OSError where there is no space."""
+        assert self.last is not None and self.last.state is not None
+        state = self.last.state()
+        with self._explained():
+            if len(state.views) > self.saved_views:
+                _save([(x0, cond.concat[:, :1], cond.micro) for x0, cond in state.views], self.path("views.pt"))
+                self.saved_views = len(state.views)
+            if state.steps > self.saved:
+                fields = {"tokens": state.tokens, "optimizer": state.optimizer, "steps": state.steps}
+                _save(fields, self.path("state.pt"))
+                self.saved = state.steps
+            self._write_log()
+
+    def finish(self, motion: Motion) -> None:
+        """Saves all: state, embedding, curve. Raises OSError where there is no space."""
+        with self._explained():
+            motion.save(self.out)
+        self.save()
+        self.draw()
+
+    def draw(self) -> None:
+        """Draws loss.png."""
+        if self.log:
+            with self._explained(), atomic_write(self.path("loss.png")) as part:
+                draw_losses(part, self.log, self.legs)
+        self.drawn = time.perf_counter()
+
+    def show_clip(self, frames: Tensor) -> None:
+        """Draws clip.png, of frames [F, 3, H, W] in [-1,1]."""
+        height, width = frames.shape[-2:]
+        scale = min(1, STRIP_HEIGHT / height)
+        with self._explained():
+            write_strip(self.path("clip.png"), T.resize(frames, [round(scale * height), round(scale * width)])[None])
+
+    def _write_log(self) -> None:
+        if self.written == 0:  # a resumed run may have logged steps that it takes again
+            with atomic_write(self.path("log.jsonl")) as part:
+                part.write_text(_lines(self.log))
+        else:
+            with open(self.path("log.jsonl"), "a") as file:
+                file.write(_lines(self.log[self.written :]))
+        self.written = len(self.log)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of writing as an OSError of one line that names the last checkpoint."""
+        try:
+            yield
+        except (OSError, RuntimeError, InputError) as error:  # PyTorch has a RuntimeError for a full disk
+            kept = f"; step {self.saved} is in {self.path('state.pt')}, from which --resume goes on"
+            reason = str(error) if isinstance(error, InputError) else f"{self.folder}: cannot be written ({error})"
+            raise OSError((reason + kept if self.saved > 0 else reason).replace("\n", " ")) from error
+
+    def _load(self, device: torch.device) -> State:
+        fields = torch.load(self.path("state.pt"), map_location=device, weights_only=True)
+        if not (fields["tokens"].isfinite().all() and 0 <= fields["steps"] <= self.steps):
+            raise ValueError("tokens or steps")
+        views: list[View] = []
+        if self.path("views.pt").is_file():
+            none = fields["tokens"][None, :1, :0]  # [1, 1, 0, d]: every step puts the tokens in
+            for x0, concat, micro in torch.load(self.path("views.pt"), map_location=device, weights_only=True):
+                frames = x0.shape[1]
+                concat = concat.expand(-1, frames, -1, -1, -1)  # [1, F, z, h, w]
+                views.append((x0, Conditioning(concat, micro, none.expand(-1, frames, -1, -1), none[:, 0])))
+        self.saved_views = len(views)
+        return State(fields["tokens"], fields["optimizer"], fields["steps"], views)
+
+
+def digest(frames: Tensor) -> str:
+    """A name for the contents of a clip."""
+    return hashlib.sha256(frames.numpy().tobytes()).hexdigest()[:16]
+
+
+def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int]) -> None:
+    """A PNG of the losses and of the mean of the last SMOOTHED, with a line where steps were added."""
+    from matplotlib.figure import Figure
+
+    steps, losses = ([entry[name] for entry in log] for name in ("step", "loss"))
+    recent = [losses[max(0, i - SMOOTHED) : i] for i in range(1, len(losses) + 1)]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, ".", color="0.7", markersize=3, label="of each step, at its own noise level")
+    axes.plot(steps, [sum(part) / len(part) for part in recent], color="tab:blue", label=f"mean of the last {SMOOTHED}")
+    for end in range(1, len(legs)):
+        axes.axvline(sum(legs[:end]), color="0.5", linestyle=":")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=path.parent.name)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=100)
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name((out.stem if out.suffix in (".pt", ".safetensors") else out.name) + ".run")
+
+
+def _free(out: Path) -> tuple[Path, Path]:
+    """The first of m-1.pt, m-2.pt, ... that, with its folder, does not exist; and this folder."""
+    k = 1
+    while (new := out.with_name(f"{out.stem}-{k}{out.suffix}")).exists() or _folder(new).exists():
+        k += 1
+    return new, _folder(new)
+
+
+def _rename(source: Path, target: Path) -> list[str]:
+    """Renames a file or folder where it exists. Returns what to print."""
+    if not source.exists():
+        return []
+    os.rename(source, target)
+    return [f"renamed    {source}, which stood there, to {target}"]
+
+
+def _save(contents: Any, path: Path) -> None:
+    buffer = io.BytesIO()  # written by Python, a full disk is an OSError with its reason
+    torch.save(contents, buffer)
+    with atomic_write(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def _entries(path: Path) -> Iterator[dict[str, float]]:
+    """The lines of a log that are whole."""
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                yield {"step": int((entry := json.loads(line))["step"]), **entry}
+            except (ValueError, KeyError, TypeError):
+                continue
+
+
+def _lines(entries: list[dict[str, float]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)

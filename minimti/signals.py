@@ -1,0 +1,81 @@
+"""What SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that closes) do to a program.
+
+Mostly they end it at once, in one line. An exception would not do: raised while a module is imported, in a destructor
+or in a callback from C, it becomes a traceback or is lost. Nothing has to be tidied up: locks end with the process, and
+what must be whole is written under `held`.
+
+This module imports nothing slow: the programs install `end` before they import anything else.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: no HUP
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that came within `held`."""
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+def program() -> str:
+    """The name of the program that runs, such as train.py."""
+    return os.path.basename(sys.argv[0])
+
+
+def end(number: int, _: Any = None) -> NoReturn:
+    """A handler: ends the process with one line on stderr and the exit code 128 + number."""
+    with suppress(Exception):  # also where the signal came amid a write to the same stream
+        sys.stdout.flush()
+    ignore()
+    start = "\n" if os.isatty(2) else ""  # the cursor may be behind a progress bar or behind ^C
+    with suppress(OSError):
+        os.write(2, os.fsencode(f"{start}{program()}: error: interrupted\n"))
+    os._exit(128 + number)
+
+
+def ignore() -> None:
+    """From here on no signal has an effect."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def install(handler: Callable[[int, Any], Any]) -> None:
+    """Calls the handler on each of the signals that is not ignored: under nohup a program outlives its terminal."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """`install` within a block, and what was there before after it."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        install(handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def held() -> Iterator[Callable[[], None]]:
+    """Within it signals wait until the yielded function is called, which raises Interrupted, or for the block's end."""
+    came: list[int] = []
+
+    def check() -> None:
+        if came:
+            raise Interrupted(came[0])
+
+    with handled(lambda number, _: came.append(number)):
+        yield check
+    if came:
+        signal.raise_signal(came[0])
