@@ -15,7 +15,7 @@ ENOUGH = 0.6  # share of a picture's area; below it, what is cut off may be the 
 
 
 def check_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
-    """(width, height) as it is. Raises InputError where the networks cannot halve it often enough or it is too large."""
+    """(width, height) as it is. Raises InputError if it is too large or cannot be halved often enough."""
     multiple = config.size_multiple
     if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
         raise InputError(f"--size {size[0]}x{size[1]}: at most {MAX_SIDE} a side and {MAX_PIXELS:,} pixels in all")
