@@ -1,7 +1,8 @@
 """The Triton kernels behind fused.py, on rows [N, R, C] with channels innermost. All arithmetic is in fp32.
 
 A group norm is three kernels: sums for each channel over parts of the rows, their combination for each group, and the
-result. A sum over the rows of an image would otherwise occupy few of a GPU's multiprocessors.
+result. A sum over the rows of an image would otherwise occupy few of a GPU's multiprocessors. Numbers that differ from
+layer to layer are not specialised: every specialisation is compiled, and the first step waits for it.
 """
 
 import torch
@@ -28,8 +29,8 @@ def group_norm(
     tiles = triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS), n
     _sums[(parts, *tiles[1:])](x, sums, n, rows, channels, parts, part_rows, ROWS, CHANNELS)
     _affine[(n, groups)](
-        x, sums, x if shift is None else shift, weight, bias, affine, n, rows, channels, parts, eps,
-        shift is not None, per_group, triton.next_power_of_2(parts), triton.next_power_of_2(per_group),
+        x, sums, x if shift is None else shift, weight, bias, affine, n, rows, channels, parts, per_group, eps,
+        shift is not None, MAX_PARTS, triton.next_power_of_2(max(per_group, 128)),
     )  # fmt: skip
     _apply[tiles](x, affine, y, n, rows, channels, silu, ROWS, CHANNELS)
     return y, affine
@@ -47,7 +48,7 @@ def group_norm_backward(dy: Tensor, x: Tensor, affine: Tensor, weight: Tensor, g
     _backward_sums[(parts, *tiles[1:])](
         dy, x, affine, weight, sums, n, rows, channels, parts, part_rows, silu, BACKWARD_ROWS, CHANNELS
     )
-    sizes = triton.next_power_of_2(parts), triton.next_power_of_2(per_group)
+    sizes = MAX_PARTS, triton.next_power_of_2(max(per_group, 128))
     _backward_means[(n, groups)](sums, means, n, rows, channels, parts, per_group, *sizes)
     _backward_apply[tiles](
         dy, x, affine, weight, means, dx, n, rows, channels, groups, per_group, silu, BACKWARD_ROWS, CHANNELS
@@ -78,7 +79,7 @@ def _parts(rows: int, tile_rows: int) -> tuple[int, int]:
     return triton.cdiv(rows, part_rows), part_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "parts", "part_rows"])
 def _sums(X, SUMS, N, R, C, parts, part_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """SUMS [2, N, parts, C]: the sum of x - pivot and of its square over each part of the rows.
 
@@ -101,15 +102,15 @@ def _sums(X, SUMS, N, R, C, parts, part_rows, ROWS: tl.constexpr, CHANNELS: tl.c
     tl.store(SUMS + N * parts * C + at, squares, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "parts", "per_group"])
 def _affine(
-    X, SUMS, SHIFT, WEIGHT, BIAS, AFFINE, N, R, C, parts, eps,
-    SHIFTED: tl.constexpr, PER_GROUP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    X, SUMS, SHIFT, WEIGHT, BIAS, AFFINE, N, R, C, parts, per_group, eps,
+    SHIFTED: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """AFFINE [4, N, C] from SUMS: mean and variance of a group are combined from those of its channels."""
     n, group = tl.program_id(0), tl.program_id(1)
     i, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
-    c, within = group * PER_GROUP + i, i < PER_GROUP
+    c, within = group * per_group + i, i < per_group
     mask = (part < parts)[:, None] & within[None, :]
     at = (n * parts + part[:, None]) * C + c[None, :]
     total = tl.sum(tl.load(SUMS + at, mask=mask, other=0.0), 0)
@@ -117,10 +118,10 @@ def _affine(
     mean = tl.load(X + n.to(tl.int64) * R * C + c, mask=within, other=0.0).to(tl.float32) + total / R
     if SHIFTED:
         mean += tl.load(SHIFT + n * C + c, mask=within, other=0.0).to(tl.float32)
-    group_mean = tl.sum(tl.where(within, mean, 0.0), 0) / PER_GROUP
+    group_mean = tl.sum(tl.where(within, mean, 0.0), 0) / per_group
     apart = mean - group_mean
     deviations = squares - total * total / R + R * apart * apart
-    variance = tl.sum(tl.where(within, deviations, 0.0), 0) / (R * PER_GROUP)
+    variance = tl.sum(tl.where(within, deviations, 0.0), 0) / (R * per_group)
     rstd = 1.0 / tl.sqrt(variance + eps)
     offset = -group_mean
     if SHIFTED:
@@ -134,7 +135,7 @@ def _affine(
     tl.store(at + 3 * N * C, offset * rstd + 0.0 * weight, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R"])
 def _apply(X, AFFINE, Y, N, R, C, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """y = x scale + offset, then SiLU."""
     block, n = tl.program_id(1), tl.program_id(2)
@@ -166,7 +167,7 @@ def _normalised_gradient(dy, x, AFFINE, WEIGHT, n, N, c, C, SILU: tl.constexpr):
     return dy * weight[None, :], x * rstd[None, :] + offset[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "parts", "part_rows"])
 def _backward_sums(
     DY, X, AFFINE, WEIGHT, SUMS, N, R, C, parts, part_rows,
     SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -190,26 +191,26 @@ def _backward_sums(
     tl.store(SUMS + N * parts * C + at, products, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "parts", "per_group"])
 def _backward_means(
-    SUMS, MEANS, N, R, C, parts, PER_GROUP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
+    SUMS, MEANS, N, R, C, parts, per_group, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """MEANS [2, N, groups]: the means of d x_hat and of x_hat d x_hat over each group."""
     n, group = tl.program_id(0), tl.program_id(1)
     i, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
-    mask = (part < parts)[:, None] & (i < PER_GROUP)[None, :]
-    at = (n * parts + part[:, None]) * C + (group * PER_GROUP + i)[None, :]
+    mask = (part < parts)[:, None] & (i < per_group)[None, :]
+    at = (n * parts + part[:, None]) * C + (group * per_group + i)[None, :]
     total = tl.sum(tl.sum(tl.load(SUMS + at, mask=mask, other=0.0), 0), 0)
     products = tl.sum(tl.sum(tl.load(SUMS + N * parts * C + at, mask=mask, other=0.0), 0), 0)
     at = n * tl.num_programs(1) + group
-    tl.store(MEANS + at, total / (R * PER_GROUP))
-    tl.store(MEANS + N * tl.num_programs(1) + at, products / (R * PER_GROUP))
+    tl.store(MEANS + at, total / (R * per_group))
+    tl.store(MEANS + N * tl.num_programs(1) + at, products / (R * per_group))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "groups", "per_group"])
 def _backward_apply(
-    DY, X, AFFINE, WEIGHT, MEANS, DX, N, R, C, groups,
-    PER_GROUP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    DY, X, AFFINE, WEIGHT, MEANS, DX, N, R, C, groups, per_group,
+    SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx = (d x_hat - mean(d x_hat) - x_hat mean(x_hat d x_hat)) / deviation."""
     block, n = tl.program_id(1), tl.program_id(2)
@@ -221,7 +222,7 @@ def _backward_apply(
     dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
     d, x_hat = _normalised_gradient(dy, x, AFFINE, WEIGHT, n, N, c, C, SILU)
-    group = n * groups + c // PER_GROUP
+    group = n * groups + c // per_group
     mean = tl.load(MEANS + group, mask=within, other=0.0)
     product = tl.load(MEANS + N * groups + group, mask=within, other=0.0)
     rstd = tl.load(AFFINE + (2 * N + n) * C + c, mask=within, other=0.0)
@@ -229,7 +230,7 @@ def _backward_apply(
     tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _geglu(PROJECTED, Y, count, HIDDEN: tl.constexpr, ELEMENTS: tl.constexpr):
     """y = value GELU(gate), the value in the first half of a row and the gate in the second."""
     i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -241,7 +242,7 @@ def _geglu(PROJECTED, Y, count, HIDDEN: tl.constexpr, ELEMENTS: tl.constexpr):
     tl.store(Y + i, y.to(Y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _geglu_backward(DY, PROJECTED, DPROJECTED, count, HIDDEN: tl.constexpr, ELEMENTS: tl.constexpr):
     """The gradients of both halves: GELU'(g) = Phi(g) + g phi(g), with the normal distribution Phi, density phi."""
     i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
