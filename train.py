@@ -8,7 +8,7 @@ if __name__ == "__main__":  # before anything else is imported: from here on a s
 
     from minimti import signals
 
-    signals.install(signals.end)
+    signals.begin()
     # Threads that spin while they wait take the time of those they wait for, once a core has other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

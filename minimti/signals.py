@@ -7,6 +7,7 @@ what must be whole is written under `held`.
 This module imports nothing slow: the programs install `end` before they import anything else.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -52,6 +53,14 @@ def install(handler: Callable[[int, Any], Any]) -> None:
     for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def begin() -> None:
+    """The first call of a program: signals end it with one line, until it has ended by itself."""
+    install(end)
+    atexit.register(
+        ignore
+    )  # else one that comes while the interpreter is shut down ends a finished program without one
 
 
 @contextmanager
