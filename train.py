@@ -144,9 +144,12 @@ def dry_run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse, learn, report."""
     args = parse()
+    import torch
+
     from minimti import learn, make_recipe
     from minimti.checkpoint.fingerprint import fingerprint
     from minimti.io.video import check_source
+    from minimti.pipeline import make_budget
     from minimti.run import Run, digest
 
     check_source(args.video)
@@ -177,6 +180,11 @@ def main() -> None:
         svd = cli.load_model(args, checkpoint, device)
         seconds = time.perf_counter() - began
         print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
+        size = clip.frames.shape[-1], clip.frames.shape[-2]
+        budget = make_budget(svd, len(clip.frames), size, args.memory, training=True)
+        print(f"memory     {budget.describe()}")
+        facts = {"command": command(), "clip": clip.source, "times": clip.about(), "memory": budget.describe()}
+        facts |= {"weights": str(checkpoint.path), "revision": checkpoint.revision or "", "torch": torch.__version__}
 
         with signals.held() as check:  # it waits for the end of a step, and for files to be whole
             weights = fingerprint(svd.unet)
@@ -198,27 +206,26 @@ def main() -> None:
                         return  # on a GPU losses arrive late, and the tokens are ahead of them
                     if args.preview and progress.step // args.preview > shown // args.preview:
                         path = run.path(f"preview-{progress.step:05}.mp4")
-                        preview(path, svd, progress.motion, clip, args.memory, lambda _: check())
+                        preview(path, svd, progress.motion, clip, lambda _: check())
                         shown = progress.step
                 check()
 
             options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
-            options |= {"seed": args.seed, "memory": args.memory, "release": not args.preview}
+            options |= {"seed": args.seed, "memory": budget, "release": not args.preview}
             try:
                 learn(svd, clip, recipe=recipe, progress=watch, resume=state, **options)
             finally:  # an interrupt at step 900 keeps the 900
                 bars.close()
                 motion = run.last and run.last.motion
                 if motion is not None and (motion.steps > 0 or recipe.steps == 0):
+                    motion.settings = facts | {"steps": run.text(motion.steps)}
                     run.finish(motion)
                     shape = "x".join(map(str, motion.tokens.shape))
                     print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
                     print(f"next       {following(args, finished=motion.steps == run.steps)}")
 
 
-def preview(
-    path: Path, svd: "SVD", motion: "Motion", clip: "Clip", memory: str | None, progress: "Callable[[Progress], None]"
-) -> None:
+def preview(path: Path, svd: "SVD", motion: "Motion", clip: "Clip", progress: "Callable[[Progress], None]") -> None:
     """Writes a video of the clip and, beside it, of what the motion makes of the clip's first frame."""
     import torch
 
@@ -226,8 +233,8 @@ def preview(
     from minimti.io.pixels import to_uint8
 
     motion = replace(motion, tokens=motion.tokens.clone())
-    branches = "low" if memory == "low" else "balanced"
-    video = animate(svd, motion, clip.frames[:1], seed=motion.seed, memory=branches, progress=progress)
+    memory = "low" if svd.budget.memory == "low" else "balanced"  # what the step itself needs stays allocated
+    video = animate(svd, motion, clip.frames[:1], seed=motion.seed, memory=memory, progress=progress)
     write_clip(path, torch.cat([to_uint8(clip.frames), video], dim=-1), clip.fps)  # [F, 3, H, 2 W]
 
 

@@ -194,7 +194,8 @@ class SVD(nn.Module):
         if not (ok := torch.stack(finite).cpu()).all():
             step = int(ok.int().argmin())
             raise FloatingPointError(
-                f"step {step + 1} of {num_steps} (sigma {sigmas[step]:.3g}) gave numbers that are not finite"
+                f"step {step + 1} of {num_steps} (sigma {sigmas[step]:.3g}) gave numbers that are not finite; try --dtype"
+                f" {'bfloat16' if self.dtype == torch.float16 else 'float32'}"
             )
 
     def park(self, name: str) -> None:
