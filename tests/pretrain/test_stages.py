@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official import SMALLER, TINY
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimti.muon import is_matrix
 from minimti.networks.vae import VAE
@@ -456,3 +457,17 @@ def test_layers_over_time_start_as_identities():
     z = torch.randn(4, SMALLER.vae.z_channels, 6, 6)
     with torch.no_grad():
         assert torch.allclose(svd.vae.decoder(z, 4), stages.decode_frames(svd.vae.decoder, z), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", stages.STAGES, ids=lambda stage: stage.name)
+def test_every_loss_runs_on_the_device_of_the_model(stage):
+    """On fake tensors of a GPU, where an operator on tensors of two devices is an error, as on a real one."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = stages.PretrainModel(SMALLER)
+        for module in model.modules():  # Module.to cannot move parameters to a GPU that is not there
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
+        clips = {kind: stages.encode_scenes(model, kind, rng(), 1) for kind in stage.clips}
+        assert all(tensor.device.type == "cpu" for made in clips.values() for tensor in vars(made).values())
+        for _ in range(3 if stage.name == "images" else 1):  # its steps are of two kinds
+            assert stage.loss(model, clips, rng(), 2).device.type == "cuda"
