@@ -37,7 +37,7 @@ def encode_with_pixels(kind: str, num_scenes: int) -> EncodedClips:
     config.micro = SimpleNamespace(cond_aug=0.02)
     vae = SimpleNamespace(moments=lambda x: torch.cat([x, torch.zeros_like(x)], dim=1))
     svd = SimpleNamespace(vae=vae, embed=lambda images: images.flatten(1))
-    return stages.encode_scenes(SimpleNamespace(svd=svd, config=config), kind, rng(), num_scenes)
+    return stages.encode_scenes(SimpleNamespace(device="cpu", svd=svd, config=config), kind, rng(), num_scenes)
 
 
 @pytest.mark.parametrize("kind", ["captions", "habits"])
@@ -85,10 +85,12 @@ def autoencoder(moments, decode) -> SimpleNamespace:
         conv_in=lambda z: z,
         mid_block=SimpleNamespace(resnets=[same, same], attentions=[lambda x: x]),
         up_blocks=[],
-        conv_norm_out=lambda x: x + 100,  # far from 0, SiLU is the identity
+        conv_norm_out=lambda x, silu: x + 100,  # far from 0, SiLU is the identity
         conv_out=lambda x: decode(x - 100),
     )
-    return SimpleNamespace(svd=SimpleNamespace(vae=SimpleNamespace(moments=moments, decoder=decoder)), config=SMALLER)
+    return SimpleNamespace(
+        device="cpu", svd=SimpleNamespace(vae=SimpleNamespace(moments=moments, decoder=decoder)), config=SMALLER
+    )
 
 
 def moments_of(mean, log_variance: float):
@@ -143,7 +145,7 @@ def test_the_decoder_is_trained_on_half_a_clip_with_noise_of_many_levels():
         return z
 
     vae = SimpleNamespace(moments=moments, decoder=decode, config=SMALL)
-    model = SimpleNamespace(svd=SimpleNamespace(vae=vae), config=TINY)
+    model = SimpleNamespace(device="cpu", svd=SimpleNamespace(vae=vae), config=TINY)
     levels = []
     for seed in range(30):
         loss = stages.clips_loss(model, {}, rng(seed), 2).item()
@@ -252,7 +254,9 @@ def test_the_loss_with_perfect_heads_is_that_of_the_embeddings_scale():
 
     def model(shapes, facts, embedding):
         heads = lambda _: torch.cat([30 * F.one_hot(shapes, len(SHAPES)), facts], dim=1)  # noqa: E731
-        return SimpleNamespace(svd=SimpleNamespace(image_encoder=lambda _: embedding), heads=heads, config=SMALLER)
+        return SimpleNamespace(
+            device="cpu", svd=SimpleNamespace(image_encoder=lambda _: embedding), heads=heads, config=SMALLER
+        )
 
     def loss(*parts) -> float:
         return stages.tower_loss(model(*parts), {}, rng(), 8).item()
@@ -272,7 +276,7 @@ class Recorder:
     """A model for the diffusion losses whose network returns zeros and records its inputs."""
 
     def __init__(self):
-        self.config = SMALLER
+        self.config, self.device = SMALLER, "cpu"
         self.svd = SimpleNamespace(network=self.network)
         self.conds, self.inputs = [], []
 
