@@ -103,8 +103,8 @@ def make_budget(svd: SVD, num_frames: int, size: tuple[int, int], memory: str = 
     memory  "auto", or one of config.MEMORY_MODES
     """
     device = svd.device or next(svd.parameters()).device
-    available, on_cpu = available_memory(device), device.type == "cpu"
-    return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=available, on_cpu=on_cpu)
+    free, kind = available_memory(device), device.type
+    return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=free, device=kind)
 
 
 def learn(
