@@ -121,6 +121,7 @@ def test_a_dry_run_draws_the_frames_and_learns_nothing(work, call, monkeypatch):
     args = ("ref.mp4", "--dry-run", "--out", "dry.pt", "--frames", "3")
     code, out, error = call("train.py", *args, "--model", "tiny")
     assert code == 0 and "0.00 to 0.29 s of 2.0 s, 10 fps" in out and "dry-strip.png" in out, error
+    assert "memory     max, about " in out
     assert not (work / "dry.pt").exists()
     drawn = torch.from_numpy(np.array(Image.open(work / "dry-strip.png"))).permute(2, 0, 1)  # [3, H, W]
     assert drawn.shape == (3, 4 * 64, 3 * 64)
