@@ -52,10 +52,12 @@ class Budget:
     decoder: str = "twice"  # "whole", or "keep" or "twice" of networks/lowmem_decode.py
     park: bool = True  # networks that wait are moved to the CPU
     needed: float = 0.0  # bytes, estimated; 0: no estimate was made
+    available: int | None = None  # bytes that the process could use; None: unknown
 
     def describe(self) -> str:
-        """One line for people."""
-        return f"{self.memory}, about {self.needed / GIB:.1f} GiB"
+        """One line for people, such as "max, about 43.9 of 78.2 GiB"."""
+        of = "" if self.available is None else f" of {self.available / GIB:.1f}"
+        return f"{self.memory}, about {self.needed / GIB:.1f}{of} GiB"
 
 
 def plan(
@@ -92,7 +94,7 @@ def plan(
                 f"{size[0]}x{size[1]} and {num_frames} frames need about {needs['low'] / GIB:.1f} GiB with the least"
                 f" memory, and {available / GIB:.1f} are free; choose a smaller --size"
             )
-    return replace(budget_of(memory, num_frames, device), needed=needs[memory])
+    return replace(budget_of(memory, num_frames, device), needed=needs[memory], available=available)
 
 
 def budget_of(memory: str, num_frames: int, device: str = "cuda") -> Budget:

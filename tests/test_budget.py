@@ -96,4 +96,5 @@ def test_what_a_budget_sets():
     assert choose(79, memory="fast").decoder == "keep" and most.slice_bytes > least.slice_bytes
     on_cpu = choose(79, device="cpu")
     assert (on_cpu.slice_bytes, on_cpu.images_per_call, on_cpu.park) == (Budget().slice_bytes, 1, False)
-    assert most.describe() == f"max, about {most.needed / GIB:.1f} GiB"
+    assert most.describe() == f"max, about {most.needed / GIB:.1f} of 79.0 GiB"
+    assert choose(None).describe() == f"balanced, about {choose(None).needed / GIB:.1f} GiB"
