@@ -138,8 +138,6 @@ def check(args: argparse.Namespace, motions: "list[Motion]") -> None:
         if motion.model != motions[0].model:
             first = f"{args.emb[0]} is for {motions[0].model!r}"
             raise InputError(f"{emb}: is for the model {motion.model!r}, but {first}; sample them apart")
-        if args.model is None and motion.model not in MODELS:
-            raise InputError(f"{emb}: made with a model called {motion.model!r}; pass its file or folder as --model")
 
 
 def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
@@ -215,7 +213,7 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
         image = fit(pixels, placement.size, placement)
 
     made_from = known["made from"] | vars(micro) | {"seed": job.seed, "fps": fps}
-    made_from |= {"size": placement.size, "part": placement.source}
+    made_from |= {"size": placement.size, "part of image": placement.source}
     if is_made(job, made_from) and (job.attention.is_file() or not args.attention):
         return f"{cli.printable(job.path)}: is there, made from the same, and kept"
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
@@ -274,6 +272,9 @@ def main() -> None:
         pixels = decode_image(path)  # read again when its turn comes: twenty photographs take gigabytes
         sizes.append((pixels.shape[-1], pixels.shape[-2]))
     other = decode_image(args.swap) if args.swap else None
+    if motions and args.model is None and motions[0].model not in MODELS:
+        name = motions[0].model
+        raise InputError(f"{args.emb[0]}: made with a model called {name!r}; pass its file or folder as --model")
 
     if world > 1 and args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{local}"

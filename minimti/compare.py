@@ -27,7 +27,7 @@ from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
 from minimti.io.write import enlarged, write_clip, write_video
 from minimti.motion import Motion
-from minimti.page import MARK, PAGE
+from minimti.page import FIGURE, MARK, PAGE
 from minimti.results import Job, read_record
 from minimti.run import Run
 
@@ -44,6 +44,7 @@ class Cell:
     label: str
     video: Tensor  # uint8 [F, 3, h, w]
     fps: float
+    is_clip: bool = False  # not a result but what it was learned from
 
 
 def check_comparison(folder: Path, suffix: str, *inputs: str) -> None:
@@ -89,13 +90,13 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
         with Image.open(strip) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
         frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
-        return Cell(label, torch.stack([small(frame) for frame in frames]), fps)
+        return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
     if times and source and Path(source).exists():
         start, end = map(float, times.groups())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is cut off, which training has said
             clip = read_clip(source, config, num_frames=motion.num_frames, start=start, end=end, size=motion.size)
-        return Cell(label, torch.stack([small(frame) for frame in to_uint8(clip.frames)]), fps)
+        return Cell(label, torch.stack([small(frame) for frame in to_uint8(clip.frames)]), fps, is_clip=True)
     where = f"neither {strip} nor {source}" if source else f"no {strip}"
     raise InputError(f"{emb}: {where} is there; the comparison goes without its clip")
 
@@ -112,9 +113,12 @@ def small(frame: Tensor) -> Tensor:
 def grid(rows: Sequence[Sequence[Cell]]) -> tuple[Tensor, float]:
     """All cells as one video, uint8 [F, 3, H, W] with even sides, and its rate: that of the fastest, over the longest.
 
-    Shorter videos rest on their last frame. Rows are broken after COLUMNS cells.
+    Shorter videos rest on their last frame. Rows of more than COLUMNS cells go on below, in lines of equal length.
     """
-    lines = [row[at : at + COLUMNS] for row in rows for at in range(0, len(row), COLUMNS)]
+    lines = []
+    for row in rows:
+        length = -(-len(row) // -(-len(row) // COLUMNS))
+        lines += [row[at : at + length] for at in range(0, len(row), length)]
     cells = [cell for line in lines for cell in line]
     fps = max(cell.fps for cell in cells)
     count = max(round(len(cell.video) / cell.fps * fps) for cell in cells)
@@ -153,12 +157,11 @@ def page(rows: Sequence[Sequence[Cell]]) -> str:
     """A web page that plays all cells in step. The videos are in it: it needs no other file and no network."""
     sections = []
     for row in rows:
-        figures = [
-            f'<figure><video muted playsinline preload="auto" src="data:video/mp4;base64,{_mp4(cell)}"></video>'
-            f"<figcaption>{escape(cell.label)}</figcaption></figure>"
+        figures = "\n".join(
+            FIGURE.format(kind="clip" if cell.is_clip else "result", video=_mp4(cell), label=escape(cell.label))
             for cell in row
-        ]
-        sections.append("<section>\n" + "\n".join(figures) + "\n</section>")
+        )
+        sections.append(f"<section>\n{figures}\n</section>")
     cells = [cell for row in rows for cell in row]
     seconds, fps = max(len(cell.video) / cell.fps for cell in cells), max(cell.fps for cell in cells)
     return PAGE.format(mark=MARK, sections="\n".join(sections), seconds=repr(seconds), fps=repr(float(fps)))

@@ -1,6 +1,14 @@
-"""The page of a comparison, as a template for str.format: mark, sections, seconds and fps."""
+"""The page of a comparison, as templates for str.format.
+
+PAGE takes mark, sections, seconds and fps; FIGURE, of which sections are made, kind, video (base64) and label.
+"""
 
 MARK = '<meta name="generator" content="minimti">'
+
+FIGURE = """<figure class="{kind}">
+<video muted playsinline preload="auto" src="data:video/mp4;base64,{video}"></video>
+<figcaption>{label}</figcaption>
+</figure>"""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -18,7 +26,7 @@ header input[type=range] {{ flex: 1; min-width: 120px; }}
 section {{ display: flex; flex-wrap: wrap; gap: 12px; padding: 16px; align-items: end; }}
 section + section {{ border-top: 1px solid #ddd; }}
 figure {{ margin: 0; max-width: 100%; }}
-figure:first-child figcaption {{ font-weight: 600; }}
+.clip figcaption {{ font-weight: 600; }}
 video {{ display: block; max-width: 100%; background: #eee; }}
 figcaption {{ padding-top: 4px; text-align: center; overflow-wrap: anywhere; }}
 </style>

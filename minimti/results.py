@@ -68,6 +68,8 @@ def plan(
             for seed in seeds:
                 name = f"{motion}_unconditional" if image is None else f"{Path(image).stem}_{motion}"
                 label = "motion alone" if image is None else Path(image).stem
+                if len(motions) > 1:
+                    label = f"{motion}: {label}"
                 if len(seeds) > 1:
                     name, label = f"{name}_seed{seed}", f"{label}, seed {seed}"
                 path = Path(out) / (name + SUFFIXES[form])
