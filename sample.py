@@ -212,14 +212,14 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
         placement = placed(args, config, motion, (pixels.shape[-1], pixels.shape[-2]))
         image = fit(pixels, placement.size, placement)
 
-    made_from = known["made from"] | vars(micro) | {"seed": job.seed, "fps": fps}
+    num_frames = motion.num_frames if motion else config.num_frames
+    made_from = known["made from"] | vars(micro) | {"seed": job.seed, "frames": num_frames, "fps": fps}
     made_from |= {"size": placement.size, "part of image": placement.source}
     if is_made(job, made_from) and (job.attention.is_file() or not args.attention):
         return f"{cli.printable(job.path)}: is there, made from the same, and kept"
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
     options |= {"schedule": args.schedule, "seed": job.seed, "micro": micro, "unconditional": args.unconditional}
     bars = cli.Bars(job.path.stem)
-    num_frames = motion.num_frames if motion else config.num_frames
     with AttentionMaps(svd, num_frames) if args.attention else nullcontext() as maps:
         video = animate(svd, motion, image, progress=bars, memory=args.memory, **options)
     bars.close()

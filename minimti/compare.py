@@ -69,12 +69,16 @@ def write_comparison(folder: Path, suffix: str, rows: Sequence[Sequence[Cell]]) 
 
 def result_cell(job: Job) -> Cell:
     """A result, read from its file or folder, small enough for a comparison."""
-    fps = read_record(job.record)["made from"]["fps"]
+    made_from = read_record(job.record)["made from"]
+    count, fps = made_from["frames"], made_from["fps"]
     pictures = find_pictures(job.path)
     source: Any = Pictures(pictures, fps) if pictures else VideoFile(job.path)
+    shown: list[tuple[float, Tensor]] = []
     with source:
-        frames = [small(source.pixels(frame)) for _, frame in source.frames(0.0)]
-    return Cell(job.label, torch.stack(frames), fps)
+        shown += ((time, small(source.pixels(frame))) for time, frame in source.frames(0.0))
+    # A GIF has frames that are alike only once, and counts in hundredths of a second.
+    last = [sum(time <= (index + 0.2) / fps for time, _ in shown) - 1 for index in range(count)]
+    return Cell(job.label, torch.stack([shown[index][1] for index in last]), fps)
 
 
 def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:

@@ -23,10 +23,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Prints what is known of the file, a line each."""
     path = Path(parse().file)
-    lines = list(about_embedding(path) if path.suffix in (".pt", ".safetensors") else about_result(path))
-    width = max(len(name) for name, _ in lines)
+    found = about_embedding(path) if path.suffix in (".pt", ".safetensors") else about_result(path)
+    lines = [(cli.printable(name), cli.printable(text)) for name, text in found]
+    width = max((len(name) for name, _ in lines), default=0)
     for name, text in lines:
-        print(f"{name:{width}}  {cli.printable(text)}")
+        print(f"{name:{width}}  {text}")
 
 
 def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
