@@ -21,9 +21,9 @@ class InputError(Exception):
 def require_file(path: str | Path) -> Path:
     """The path of an existing file. Raises InputError where there is none, or it cannot be opened for reading."""
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for a writer
-        raise InputError(f"{path}: is not a regular file")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for a writer
+            raise InputError(f"{path}: is not a regular file")
         with open(path, "rb"):
             return path
     except FileNotFoundError as error:
