@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import sample
-from minimti import attention_maps, cli, pipeline
+from minimti import attention_maps, cli, edm, pipeline
 from minimti.config import MODELS
 from minimti.io.image import read_image
 from minimti.io.write import write_strip
@@ -290,6 +290,23 @@ def test_the_schedule_reaches_the_sampler(folder, made, call, monkeypatch):
     monkeypatch.setattr(pipeline, "open_checkpoint", as_svd)
     assert call("--emb", "m.pt", "a.png", "--schedule", "ays", "--steps", "10")[0] == 0
     assert made[0]["schedule"] == "ays" and made[0]["steps"] == 10
+
+
+def test_the_sampler_takes_the_noise_levels_of_the_schedule(mini_svd, monkeypatch):
+    seen = []
+
+    def solver(denoiser, n, sigmas):
+        seen.append(sigmas)
+        yield n
+
+    monkeypatch.setitem(edm.SOLVERS, "euler", solver)
+    for schedule in ("karras", "ays"):
+        pipeline.animate(mini_svd, None, torch.zeros(1, 3, 32, 48), steps=10, schedule=schedule)
+    config = mini_svd.config
+    karras = edm.karras_sigmas(10, config.sigma_min, config.sigma_max, config.rho)
+    assert torch.equal(seen[0], karras) and torch.equal(seen[1], edm.ays_sigmas(10))
+    with pytest.raises(ValueError, match="the schedule 'linear' is none of mini"):
+        pipeline.animate(mini_svd, None, torch.zeros(1, 3, 32, 48), schedule="linear")
 
 
 def test_two_ranks_make_each_result_once(folder):
