@@ -11,6 +11,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 MEMORY_MODES = ("max", "fast", "balanced", "low")  # fastest first, least memory last (minimti/budget.py)
 SOLVERS = ("euler", "heun", "dpmpp-2m")
+SCHEDULES = ("karras", "ays")  # of the noise levels of a sample
+FORMATS = ("mp4", "gif", "png")  # of results; png: a folder of frames
 FITS = ("crop", "pad", "stretch")  # how a picture of another shape fits a size
 NUM_TOKENS = 5  # N of the paper, tokens per set
 RECIPES = ("paper", "muon")  # how an inversion optimises

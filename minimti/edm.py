@@ -15,6 +15,9 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Solver = Callable[[Denoiser, Tensor, Tensor], Iterator[Tensor]]
 
+# Align Your Steps (Sabour et al. 2024) for Stable Video Diffusion in 10 steps, without the 0 at the end.
+AYS_SIGMAS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034)
+
 
 def precondition(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in, c_noise of sigma > 0 (sgm's VScalingWithEDMcNoise)."""
@@ -58,6 +61,17 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
     ramp = torch.linspace(0, 1, num_steps)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
+
+
+def ays_sigmas(num_steps: int) -> Tensor:
+    """[num_steps + 1] noise levels of AYS_SIGMAS, then 0; for other numbers than 10, ln(sigma) is interpolated.
+
+    They were optimised for SVD's own range of noise, which begins at 700.
+    """
+    known = torch.tensor(AYS_SIGMAS).log()
+    place = torch.linspace(0, len(known) - 1, num_steps)
+    before = place.long().clamp(max=len(known) - 2)
+    return torch.cat([known[before].lerp(known[before + 1], place - before).exp(), torch.zeros(1)])
 
 
 def guidance_scale(minimum: float, maximum: float, num_frames: int) -> Tensor:

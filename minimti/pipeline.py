@@ -14,7 +14,7 @@ from minimti.budget import Budget, plan
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
-from minimti.config import NUM_TOKENS, MicroConditioning, SVDConfig, printable
+from minimti.config import NUM_TOKENS, SCHEDULES, MicroConditioning, SVDConfig, printable
 from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_optimizer, make_recipe, view
 from minimti.io.files import InputError
@@ -226,6 +226,7 @@ def animate(
     steps: int | None = None,
     guidance: tuple[float, float] | None = None,
     solver: str = "euler",
+    schedule: str = "karras",
     seed: int = 0,
     micro: MicroConditioning | None = None,
     unconditional: bool = False,
@@ -238,6 +239,8 @@ def animate(
     steps          steps of the solver; default: the model's
     guidance       scales for the first and the last frame; default: GUIDANCE, for `unconditional` (1, 10)
     solver         "euler", "heun" or "dpmpp-2m" (edm.SOLVERS)
+    schedule       noise levels: "karras", the model's own, or "ays" (edm.ays_sigmas), for models whose noise begins at
+                   700 as SVD's does
     seed           for all random draws
     micro          default: the motion's, without one the model's
     unconditional  the motion alone (figure 6): only the size of the image matters, unless there is no motion
@@ -245,8 +248,8 @@ def animate(
     progress       called after each step of the solver
 
     Raises InputError where the motion was learned on another model, ValueError for an image of another shape, an
-    unknown solver or memory mode, or no steps, FloatingPointError where a sample is not finite, RuntimeError where a
-    network has been released.
+    unknown solver, schedule or memory mode, a schedule that does not suit the model, or no steps, FloatingPointError
+    where a sample is not finite, RuntimeError where a network has been released.
     Warns where the motion was learned on other weights of the same model.
     """
     config = svd.config
@@ -254,6 +257,8 @@ def animate(
         raise ValueError(f"the image must be [1, 3, H, W], not {list(image.shape)}")
     if solver not in edm.SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: {', '.join(edm.SOLVERS)}")
+    if schedule not in SCHEDULES or (schedule == "ays" and config.sigma_max != edm.AYS_SIGMAS[0]):
+        raise ValueError(f"the schedule {schedule!r} is none of {config.name}")
     steps = config.num_steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"a sample takes at least one step, not {steps}")
@@ -278,7 +283,7 @@ def animate(
             cond = cond.without_image()
         guidance = guidance or (UNCONDITIONAL_GUIDANCE if unconditional else GUIDANCE)
         n = torch.randn(cond.concat.shape, generator=generator).to(image)
-        xs = svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver])
+        xs = svd.sample(cond, n, steps, guidance, edm.SOLVERS[solver], schedule)
         latents = n
         for step, x in enumerate(xs, start=1):
             latents = x

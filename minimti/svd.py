@@ -179,14 +179,19 @@ class SVD(nn.Module):
         num_steps: int,
         guidance: tuple[float, float],
         solver: edm.Solver = edm.euler,
+        schedule: str = "karras",
     ) -> Iterator[Tensor]:
         """Unit noise n [B, F, z, h, w] -> scaled latents, yielded after each of the solver's steps.
 
-        Raises FloatingPointError after the last step if a step gave numbers that are not finite, and names the first. A
-        check in every step would make the device wait.
+        The noise levels are those of `edm.karras_sigmas` or, for the schedule "ays", of `edm.ays_sigmas`. Raises
+        FloatingPointError after the last step if a step gave numbers that are not finite, and names the first. A check
+        in every step would make the device wait.
         """
         config, D = self.config, self.denoiser(cond, guidance)
-        sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
+        if schedule == "ays":
+            sigmas = edm.ays_sigmas(num_steps)
+        else:
+            sigmas = edm.karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
         finite = []
         for x in solver(D, n, sigmas.to(n)):
             finite.append(x.isfinite().all())

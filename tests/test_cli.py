@@ -84,10 +84,12 @@ SMALL_FILE = ("--model", "small.safetensors")
 
 
 def test_a_sample_is_the_video_asked_for(work):
-    for out in ("a.mp4", "b.mp4"):
-        done = run(work, "sample.py", "--emb", "m.pt", "img.png", "--out", out, *SMALL_FILE)
+    """Twice by the same command, which is in the file's metadata."""
+    for name in ("a.mp4", "b.mp4"):
+        done = run(work, "sample.py", "--emb", "m.pt", "img.png", "--out", "new.mp4", *SMALL_FILE)
         assert done.returncode == 0, done.stderr
-    assert properties(work / "a.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
+        (work / "new.mp4").rename(work / name)
+    assert properties(work / "a.mp4") == ("h264", "yuv420p", 4, 256, 128, 7)
     assert (work / "a.mp4").read_bytes() == (work / "b.mp4").read_bytes()
     assert read_clip(work / "a.mp4", SMALL).frames.std() > 0.01  # neither black nor flat
 
@@ -152,11 +154,11 @@ def test_a_portrait_image_is_animated_upright_and_padding_is_cut_off(work, call)
     Image.new("RGB", (60, 120), (200, 40, 40)).save(work / "portrait.png")
     args = ("--emb", "m.pt", "portrait.png", *SMALL_FILE, "--steps", "1")
     assert call("sample.py", *args, "--out", "tall.mp4")[0] == 0
-    assert properties(work / "tall.mp4")[3:5] == (64, 128)
+    assert properties(work / "tall.mp4")[3:5] == (128, 256)
     code, out, error = call("sample.py", *args, "--out", "padded.mp4", "--size", "128x64", "--fit", "pad")
-    assert code == 0 and properties(work / "padded.mp4")[3:5] == (32, 64) and "32x64" in out
+    assert code == 0 and properties(work / "padded.mp4")[3:5] == (128, 256) and "128x256" in out
     code, out, error = call("sample.py", *args, "--out", "cropped.mp4", "--size", "128x64")
-    assert code == 0 and properties(work / "cropped.mp4")[3:5] == (128, 64)
+    assert code == 0 and properties(work / "cropped.mp4")[3:5] == (256, 128)
     assert "sample.py: warning: portrait.png: only 25% of the picture is used; --fit pad uses all of it" in error
 
 
@@ -269,7 +271,7 @@ def test_the_embedded_model_says_what_it_was_trained_on(work, call):
     assert MODELS["tiny"].note in out and "fitted to 64x64" in out
     code, out, error = call("sample.py", "img.png", "--emb", "tiny.pt", "--steps", "1", "--out", "tiny.mp4")
     assert code == 0, error
-    assert MODELS["tiny"].note in out and "14 frames, 64x64" in out
+    assert MODELS["tiny"].note in out and "14 frames, 256x256" in out
 
 
 def test_tokens_begin_from_the_frames_that_were_named(work, call):
@@ -320,7 +322,7 @@ def test_precision_reaches_the_video(work, call):
     assert len(contents) == 4
     args = ("--out", "set.mp4", *SMALL_FILE, "--fps", "12", "--size", "64x128")
     assert call("sample.py", "--emb", "m.pt", "img.png", *args)[0] == 0
-    assert properties(work / "set.mp4") == ("h264", "yuv420p", 4, 64, 128, 12)
+    assert properties(work / "set.mp4") == ("h264", "yuv420p", 4, 128, 256, 12)
 
 
 def test_an_embedding_of_other_weights_is_warned_of(work, call):
@@ -346,7 +348,7 @@ def test_each_video_is_written_when_it_is_done(work, call, monkeypatch):
     monkeypatch.setattr(pipeline, "animate", failing)
     code, out, error = call("sample.py", "--emb", "m.pt", "img.png", "third.png", "--out", "late", *SMALL_FILE)
     assert code == 1 and "error: step 1 of 3" in error
-    assert [path.name for path in (work / "late").iterdir()] == ["img_m.mp4"]
+    assert sorted(path.name for path in (work / "late").iterdir()) == ["img_m.mp4", "img_m.mp4.json"]
 
 
 def test_a_fault_in_training_keeps_the_last_good_step(work, call, monkeypatch):
@@ -371,14 +373,14 @@ def test_many_images_into_a_folder_without_an_embedding(work, call):
     Image.open(work / "img.png").rotate(180).save(work / "second.png")
     code, _, error = call("sample.py", "img.png", "second.png", "--out", "videos", *SMALL_FILE)
     assert code == 0, error
-    assert sorted(p.name for p in (work / "videos").iterdir()) == ["img_small.mp4", "second_small.mp4"]
-    assert properties(work / "videos" / "img_small.mp4")[2:5] == (4, 128, 64)
+    assert sorted(p.name for p in (work / "videos").glob("*.mp4")) == ["img_small.mp4", "second_small.mp4"]
+    assert properties(work / "videos" / "img_small.mp4")[2:5] == (4, 256, 128)
 
 
 def test_unconditional_shows_the_motion_without_an_image(work, call):
     code, _, error = call("sample.py", "--emb", "m.pt", "--unconditional", *SMALL_FILE)
     assert code == 0, error
-    assert properties(work / "m_unconditional.mp4")[2:5] == (4, 128, 64)
+    assert properties(work / "m_unconditional.mp4")[2:5] == (4, 256, 128)
 
 
 @pytest.mark.parametrize("path", sorted(REAL.glob("*.mp4")), ids=lambda path: path.stem)
@@ -389,7 +391,7 @@ def test_real_videos(work, path):
     assert "1024x576 fitted to 128x64" in done.stdout and "0.00 to 0.43 s of" in done.stdout
     done = run(work, "sample.py", "--emb", "real.pt", str(target), *SMALL_FILE)
     assert done.returncode == 0, done.stderr
-    assert properties(work / f"{target.stem}_real.mp4") == ("h264", "yuv420p", 4, 128, 64, 7)
+    assert properties(work / f"{target.stem}_real.mp4") == ("h264", "yuv420p", 4, 256, 128, 7)
 
 
 TRAIN = [
@@ -441,7 +443,7 @@ SAMPLE = [
     (["--emb", "m.pt", "img.png", "copy/img.png", *SMALL_FILE], "2 images of the same name would all become img_m.mp4"),
     (["--emb", "m.pt", "img.png", "second.png", "--out", "x.mp4", *SMALL_FILE], "one file cannot hold 2 videos"),
     (["img.png", "--out", "ref.txt", *SMALL_FILE], "ref.txt: name a folder, or a file that ends in .mp4"),
-    (["img.png", "--out", "new.gif", *SMALL_FILE], "name a folder, or a file that ends in .mp4"),
+    (["img.png", "--out", "new.mov", *SMALL_FILE], "name a folder, or a file that ends in .mp4"),
     (["img.png", "--out", "img.png", *SMALL_FILE], "name a folder, or a file that ends in .mp4"),
     (["img.png", "--guidance", "1"], "argument --guidance: expected 2 arguments"),
     (["img.png", "--guidance", "nan", "1"], "argument --guidance: nan is not in"),

@@ -124,3 +124,15 @@ def test_guidance_rises_over_frames():
     guided = edm.guide(negative, positive, scale)
     assert torch.allclose(guided[:, 0], positive[:, 0], atol=1e-6)
     assert torch.allclose(guided[:, -1], 3 * positive[:, -1] - 2 * negative[:, -1], atol=1e-5)
+
+
+def test_align_your_steps_is_the_published_table_and_between_its_entries_geometric():
+    published = torch.tensor([700, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0])
+    assert torch.allclose(edm.ays_sigmas(10), published, rtol=1e-5)
+    sigmas = edm.ays_sigmas(19)  # every second one is an entry
+    assert torch.allclose(sigmas[:-1:2], published[:-1], rtol=1e-5)
+    assert torch.allclose(sigmas[1:-1:2], (published[:-2] * published[1:-1]).sqrt(), rtol=1e-5)
+    for steps in (1, 2, 7, 25, 100):
+        sigmas = edm.ays_sigmas(steps)
+        assert len(sigmas) == steps + 1 and (sigmas.diff() < 0).all() and sigmas[-1] == 0
+        assert abs(sigmas[0] - 700) < 0.01

@@ -114,17 +114,20 @@ def test_a_failure_is_one_line(error, code, capsys):
 
 
 def outputs(images: list[str], out: str = ".", emb: str | None = None, model: str | None = None) -> list[Path]:
-    return sample.outputs(argparse.Namespace(images=images, out=out, emb=emb, model=model), "m")
+    """The results of a command, whose motion is called m where there is no embedding."""
+    others = {"swap": None, "format": None, "seed": 0, "seeds": 1, "compare": False}
+    args = argparse.Namespace(images=images, out=out, emb=[emb] if emb else [], model=model, **others)
+    return [job.path for job in sample.outputs(args, "m")]
 
 
 def test_no_result_takes_the_place_of_an_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b_m.mp4", "in.mp4", "model.mp4", "emb.mp4"):  # a name is no promise of what is in a file
+    for name in ("a.png", "b_emb.mp4", "in.mp4", "model.mp4", "emb.mp4"):  # a name is no promise of what is in a file
         Path(name).touch()
     os.link("in.mp4", "hard.mp4")
     Path("soft.mp4").symlink_to("model.mp4")
     Path("folder").mkdir()
-    Path("folder/a_m.mp4").symlink_to("../emb.mp4")
+    Path("folder/a_emb.mp4").symlink_to("../emb.mp4")
     inputs = {"emb": "emb.mp4", "model": "model.mp4"}
     for images, out in (
         (["in.mp4"], "in.mp4"),
@@ -132,12 +135,12 @@ def test_no_result_takes_the_place_of_an_input(tmp_path, monkeypatch):
         (["a.png"], "emb.mp4"),
         (["a.png"], "soft.mp4"),
         (["a.png"], "model.mp4"),
-        (["a.png"], "folder"),  # a_m.mp4 there
-        (["b.png", "b_m.mp4"], "."),  # a later input
+        (["a.png"], "folder"),  # a_emb.mp4 there
+        (["b.png", "b_emb.mp4"], "."),  # a later input
     ):
         with pytest.raises(InputError, match="is an input; name another file for the output"):
             outputs(images, out, **inputs)
-    assert outputs(["a.png", "in.mp4"], "new", **inputs) == [Path("new/a_m.mp4"), Path("new/in_m.mp4")]
+    assert outputs(["a.png", "in.mp4"], "new", **inputs) == [Path("new/a_emb.mp4"), Path("new/in_emb.mp4")]
 
 
 def test_results_whose_names_cannot_be_are_refused_before_the_work(tmp_path, monkeypatch):

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from minimti.attention_maps import AttentionMaps, heat_maps
 from minimti.config import NUM_TOKENS
 from minimti.evaluate import figures
 from minimti.evaluate.evaluation import (
@@ -24,8 +23,6 @@ from minimti.evaluate.evaluation import (
 )
 from minimti.evaluate.results import Result, Values
 from minimti.motion import Motion
-from minimti.networks.attention import CrossAttention, TransformerBlock
-from minimti.svd import SVD
 from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
 from minimti.world.scene import CAMERA_WORDS, Scene, Wave, flip, render, trajectory
@@ -228,11 +225,12 @@ def attention(evaluation: Evaluation) -> Result:
     rows = []
     for n in (1, NUM_TOKENS):
         motion = evaluation.learn(case, replace(evaluation.inversion(), num_tokens=n))
-        with AttentionMaps(evaluation.svd) as maps:
+        with AttentionMaps(evaluation.svd, evaluation.config.num_frames) as maps:
             clip = evaluation.animate(case.targets[0], motion, 0)
         mean = maps.mean()  # [F, L, N]
         result[f"{n} token{'s' * (n > 1)}"] = {"deviation over positions": {name: [mean.std(1).mean().item()]}}
-        rows += [clip, *figures.heat_maps(mean, evaluation.config.size)]
+        grey = (255 * heat_maps(mean, evaluation.config.size)).byte().numpy()  # [N, F, H, W], white for 1
+        rows += [clip, *grey[:, :, None].repeat(3, axis=2)]
     figures.write_rows(evaluation.folder / "attention.png", rows)
     return result
 
@@ -270,42 +268,6 @@ def first_cases(evaluation: Evaluation) -> dict[str, Case]:
 def shares_of(inversion: Inversion, shares: tuple[float, ...]) -> list[int]:
     """Shares of an inversion's steps, as numbers of steps without repetition."""
     return sorted({round(share * inversion.recipe.steps) for share in shares})
-
-
-class AttentionMaps:
-    """Records, between entering and leaving it, how the positions of each frame attend to their tokens (equation 4).
-
-    It looks at the conditional branch of guidance, in the spatial cross-attentions of `finest_blocks`.
-    """
-
-    def __init__(self, svd: SVD):
-        self.num_frames = svd.config.num_frames
-        self.layers = [block.attn2 for block in finest_blocks(svd)]
-        self.maps: list[Tensor] = []  # [F, L, N] for each layer and sampling step
-
-    def __enter__(self) -> "AttentionMaps":
-        self.hooks = [layer.register_forward_hook(self._record) for layer in self.layers]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def mean(self) -> Tensor:
-        """Attention weights [F, L, N], a mean over heads, layers and sampling steps; L positions, row by row."""
-        return torch.stack(self.maps).mean(0).cpu()
-
-    def _record(self, layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor], _: Tensor) -> None:
-        x, k, _ = (t[-self.num_frames :] for t in inputs)  # the batch of both branches ends with the conditional one
-        q = layer.split_heads(layer.to_q(x))  # [F, heads, L, head_dim]
-        weights = (q @ k.transpose(-2, -1) * layer.head_dim**-0.5).softmax(dim=-1)  # [F, heads, L, N]
-        self.maps.append(weights.mean(1))
-
-
-def finest_blocks(svd: SVD) -> list[TransformerBlock]:
-    """The spatial transformer blocks of the finest level that has any, on the way up."""
-    *_, finest = (block.attentions for block in svd.unet.up_blocks if len(block.attentions))
-    return [transformer.transformer_blocks[0] for transformer in finest]
 
 
 EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {

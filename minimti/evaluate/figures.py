@@ -1,13 +1,10 @@
 """Pictures of the experiments."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from minimti.io import write
 from minimti.io.files import atomic_write
@@ -19,15 +16,6 @@ MOTIONS = 3  # in a picture of clips
 def write_rows(path: Path, clips: Sequence[np.ndarray]) -> None:
     """Writes clips uint8 [F, 3, H, W] as one PNG: a row for each clip, time to the right."""
     write.write_strip(path, torch.stack([pixels(clip) for clip in clips]))
-
-
-def heat_maps(weights: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Attention weights [F, L, N] in [0,1] -> clips uint8 [N, F, 3, H, W] of `size` (width, height), white for 1."""
-    width, height = size
-    cell = math.isqrt(width * height // weights.shape[1])  # pixels along the side of one position
-    grid = weights.permute(2, 0, 1).unflatten(-1, (height // cell, width // cell))  # [N, F, rows, columns]
-    grid = F.interpolate(grid, (height, width), mode="bilinear")
-    return (255 * grid).byte().numpy()[:, :, None].repeat(3, axis=2)
 
 
 def write_curves(path: Path, steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:

@@ -1,6 +1,7 @@
 """Pictures as a clip: a folder, a glob, or an animated WebP, which FFmpeg cannot read."""
 
 import glob
+import os
 import re
 from collections.abc import Generator
 from pathlib import Path
@@ -119,11 +120,11 @@ def find_pictures(path: Path) -> list[Path] | None:
 
     Raises InputError for a folder without pictures and a pattern without files.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir it takes any name, one that is too long too
         found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         if not found:
             raise InputError(f"{path}: is a folder without pictures ({', '.join(SUFFIXES)})")
-    elif glob.has_magic(str(path)) and not path.exists():
+    elif glob.has_magic(str(path)) and not os.path.exists(path):
         found = [Path(name) for name in glob.glob(str(path)) if Path(name).is_file()]
         if not found:
             raise InputError(f"{path}: no file has such a name")

@@ -1,5 +1,9 @@
 """Videos and pictures, written."""
 
+import os
+import re
+import shutil
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,20 +14,24 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
-from minimti.io.files import atomic_write
+from minimti.io.files import InputError, atomic_write, uninterrupted
 from minimti.io.pixels import strip
 
+LEAST_SIDE = 256  # pixels of the longer side; players show smaller videos as stamps, or blur them
 
-def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
+
+def write_clip(path: str | Path, video: Tensor, fps: float, comment: str = "") -> None:
     """uint8 [F, 3, H, W] -> an mp4 that browsers play: H.264, yuv420p, BT.709, near-lossless, index first.
 
-    H and W must be even. The same video gives the same bytes. Raises ValueError for any other tensor, InputError where
-    the file cannot be written.
+    H and W must be even. `comment` goes into the file's metadata. The same video and comment give the same bytes.
+    Raises ValueError for any other tensor, InputError where the file cannot be written.
     """
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or video.shape[2] % 2 or video.shape[3] % 2:
         raise ValueError(f"a video is uint8 [F, 3, H, W] with even H and W, not {video.dtype} {list(video.shape)}")
     frames = video.cpu().permute(0, 2, 3, 1).numpy()  # [F, H, W, 3]
     with atomic_write(path) as part, av.open(f"file:{part}", "w", options={"movflags": "+faststart"}) as container:
+        if comment:
+            container.metadata["comment"] = comment
         # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
         options = {"crf": "12", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
@@ -41,3 +49,73 @@ def write_strip(path: str | Path, clips: Tensor) -> None:
     """The picture of `strip` as a PNG. Raises InputError where the file cannot be written."""
     with atomic_write(path) as part:
         Image.fromarray(strip(clips).numpy()).save(part)
+
+
+def write_gif(path: str | Path, video: Tensor, fps: float) -> None:
+    """uint8 [F, 3, H, W] -> a GIF that repeats for ever, each frame with the 256 colours that suit it best.
+
+    A GIF counts in hundredths of a second: the frames differ by one where `fps` needs that. Raises InputError where the
+    file cannot be written.
+    """
+    first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.cpu()]  # [H, W, 3] each
+    ends = [round(100 * (index + 1) / fps) for index in range(len(video))]
+    durations = [10 * max(1, end - begin) for begin, end in zip([0, *ends], ends)]  # in milliseconds
+    with atomic_write(path) as part:
+        first.save(part, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
+
+
+def write_frames(folder: str | Path, video: Tensor) -> None:
+    """uint8 [F, 3, H, W] -> a folder of lossless pictures, 00000.png and so on, which appears as a whole.
+
+    It takes the place of an earlier folder of frames. Raises InputError where `folder` is anything else, or cannot be
+    written.
+    """
+    folder = Path(folder)
+    check_frames(folder)
+    with uninterrupted():
+        private = None
+        try:
+            private = Path(tempfile.mkdtemp(prefix=".minimti-", dir=folder.parent))
+            (part := private / "new").mkdir()  # with the permissions of any new folder
+            for index, frame in enumerate(video.cpu()):
+                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(part / f"{index:05}.png")  # [H, W, 3]
+            if folder.exists():
+                os.rename(folder, private / "old")
+            os.rename(part, folder)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        finally:
+            if private:
+                shutil.rmtree(private, ignore_errors=True)
+
+
+def check_frames(folder: str | Path) -> None:
+    """Raises InputError where a folder of frames would take the place of something else."""
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder}: is there, and is no folder of frames; name another --out")
+    if folder.is_dir() and not all(re.fullmatch(r"[0-9]{5}\.png", name) for name in os.listdir(folder)):
+        raise InputError(f"{folder}: holds other files than frames; name another --out")
+
+
+def write_video(path: str | Path, video: Tensor, fps: float, comment: str = "") -> None:
+    """uint8 [F, 3, H, W] -> what the name stands for: an .mp4, a .gif, or a folder of frames.
+
+    `comment` is for an mp4 alone. Raises as `write_clip`, `write_gif` and `write_frames` do.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".mp4":
+        write_clip(path, video, fps, comment)
+    elif suffix == ".gif":
+        write_gif(path, video, fps)
+    else:
+        write_frames(path, video)
+
+
+def enlarged(video: Tensor, least: int = LEAST_SIDE) -> Tensor:
+    """[..., H, W] with every pixel repeated by the smallest whole number that gives the longer side `least` pixels.
+
+    Nothing is invented between pixels, and what an mp4 keeps of colour, which is one value for 2x2 pixels, is then all.
+    """
+    factor = -(-least // max(video.shape[-2:]))
+    return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from ideal import habit_of, moved
 
+from minimti.attention_maps import AttentionMaps
 from minimti.evaluate import experiments
 from minimti.evaluate.evaluation import Evaluation, Settings, body_colour, clip_error
 from minimti.evaluate.experiments import EXPERIMENTS
-from minimti.evaluate.figures import heat_maps
 from minimti.evaluate.results import summary
 from minimti.networks.attention import attention
 from minimti.world.scene import flip, habit, render
@@ -136,7 +136,7 @@ def test_token_layouts_are_learned_as_they_are_called(ideal, monkeypatch):
 @torch.no_grad()
 def test_attention_maps_are_the_weights_of_the_conditional_branch(random_svd):
     """With unit vectors as V, attention returns its weights."""
-    with experiments.AttentionMaps(random_svd) as maps:
+    with AttentionMaps(random_svd, random_svd.config.num_frames) as maps:
         layer = maps.layers[-1]
         x, tokens = torch.randn(16, 9, 16), 3 * torch.randn(16, 5, 64)  # both branches of 8 frames, 9 positions
         k, v = layer.keys_values(tokens)
@@ -149,19 +149,11 @@ def test_attention_is_recorded_in_every_step_and_not_afterwards(random_svd, word
     evaluation = Evaluation(random_svd, words, 0, Settings(motions=1, targets=1), tmp_path)
     case = next(iter(evaluation.cases.values()))
     motion = evaluation.caption(case.reference)
-    with experiments.AttentionMaps(random_svd) as maps:
+    with AttentionMaps(random_svd, random_svd.config.num_frames) as maps:
         evaluation.animate(case.targets[0], motion, 0)
     evaluation.animate(case.targets[0], motion, 0)
-    assert len(maps.layers) == 2 and len(maps.maps) == 2 * random_svd.config.num_steps
+    assert len(maps.layers) == 2 and maps.count == 2 * random_svd.config.num_steps
     assert maps.mean().shape == (8, 12 * 12, 7)
-
-
-def test_heat_maps_are_light_where_a_token_is_attended_to():
-    weights = torch.zeros(3, 2 * 4, 2)  # frames, 2 rows of 4 positions, tokens
-    weights[:, 3, 1] = 1  # the upper right position, the second token
-    maps = heat_maps(weights, (64, 32))
-    assert maps.shape == (2, 3, 3, 32, 64) and maps[0].max() == 0
-    assert (maps[1, :, :, :4, -4:] == 255).all() and maps[1, :, :, 24:].max() == 0 and maps[1, ..., :32].max() == 0
 
 
 def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words, tmp_path):

@@ -11,20 +11,22 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from official import write_official
 from PIL import Image
+from torch import nn
 
 import sample
 import train
-from minimti import cli, pipeline
+from minimti import attention_maps, cli, pipeline
 from minimti.config import MODELS, MicroConditioning
 from minimti.io.write import write_clip
 from minimti.motion import Motion
+from minimti.networks.unet import UNet
 
 pytestmark = pytest.mark.fuzz
 SECONDS = float(os.environ.get("MINIMTI_FUZZ_SECONDS", 30))
@@ -91,7 +93,8 @@ def inputs(module: ModuleType) -> list[Path]:
     named = [
         *getattr(args, "images", []),
         *np.atleast_1d(getattr(args, "video", [])),
-        getattr(args, "emb", ""),
+        *getattr(args, "emb", []),
+        getattr(args, "swap", None),
         args.model,
     ]
     return [Path(name) for name in named if name and os.path.isfile(name)]
@@ -124,6 +127,21 @@ def likely(rng: random.Random, program: str, names: list[str]) -> list[str]:
     return argv
 
 
+class StandIn:
+    """What sample.py asks of a model."""
+
+    def __init__(self) -> None:
+        self.config, self.dtype, self.device = MODELS["tiny"], torch.float32, None
+        self.unet = UNet(self.config.unet)
+        self.vae = self.image_encoder = nn.Linear(8, 8)
+
+    def release(self, name: str) -> None:
+        pass
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), self.config.unet.context_dim)
+
+
 def animated(svd: object, motion: object, image: torch.Tensor, **options: object) -> torch.Tensor:
     return torch.zeros(2, 3, *image.shape[-2:], dtype=torch.uint8)
 
@@ -135,8 +153,11 @@ def test_any_arguments_end_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     # A model is neither loaded nor run: sample.py writes black videos, train.py ends where it would begin to learn.
     monkeypatch.setattr(pipeline, "animate", animated)
+    monkeypatch.setattr(attention_maps.AttentionMaps, "mean", lambda maps: None)
+    monkeypatch.setattr(attention_maps, "write_attention", lambda path, *_: path.touch())
+    model = StandIn()
     programs: dict[str, ModuleType] = {"train.py": train, "sample.py": sample}
-    loaded = {"train.py": lambda *_: sys.exit(0), "sample.py": lambda *_: SimpleNamespace(release=lambda part: None)}
+    loaded = {"train.py": lambda *_: sys.exit(0), "sample.py": lambda *_: model}
     options = {name: parsed_options(monkeypatch, module) for name, module in programs.items()}
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -184,5 +205,6 @@ def parsed_options(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", note)
+        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", note)
         module.parse()
     return [option for option in found if option.startswith("--")]

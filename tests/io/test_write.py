@@ -38,7 +38,17 @@ def save_clip(path: str | Path) -> None:
     write.write_clip(path, NOISE, 7)
 
 
-WRITERS = {"a.pt": save_tensor, "a.safetensors": save_safetensors, "a.png": save_picture, "a.mp4": save_clip}
+def save_gif(path: str | Path) -> None:
+    write.write_gif(path, NOISE, 7)
+
+
+WRITERS = {
+    "a.gif": save_gif,
+    "a.pt": save_tensor,
+    "a.safetensors": save_safetensors,
+    "a.png": save_picture,
+    "a.mp4": save_clip,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -120,3 +130,61 @@ def test_the_rate_is_exact(tmp_path, fps, rate):
     write.write_clip(tmp_path / "a.mp4", NOISE[:4], fps)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].average_rate == rate
+
+
+def test_a_gif_keeps_the_rate_over_its_length(tmp_path):
+    """7 frames a second are 14.29 hundredths each."""
+    write.write_gif(tmp_path / "a.gif", NOISE[[0, 1, 2, 3, 4, 5, 6]], 7)
+    durations = []
+    with Image.open(tmp_path / "a.gif") as gif:
+        for index in range(gif.n_frames):
+            gif.seek(index)
+            durations.append(gif.info["duration"])
+    assert len(durations) == 7 and sum(durations) == 1000 and set(durations) == {140, 150}
+
+
+def test_frames_are_lossless_and_take_the_place_of_earlier_ones(tmp_path):
+    write.write_frames(tmp_path / "a", NOISE)
+    write.write_frames(tmp_path / "a", NOISE[:3])
+    assert sorted(os.listdir(tmp_path / "a")) == ["00000.png", "00001.png", "00002.png"] and os.listdir(tmp_path) == [
+        "a"
+    ]
+    assert (np.array(Image.open(tmp_path / "a" / "00002.png")) == NOISE[2].permute(1, 2, 0).numpy()).all()
+    (tmp_path / "new").mkdir()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_frames_replace_nothing_else(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "00000.png").touch()
+    (tmp_path / "a" / "notes.txt").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("a")
+    for name in ("a", "file", "link"):
+        with pytest.raises(InputError, match="name another --out"):
+            write.write_frames(tmp_path / name, NOISE)
+    assert sorted(os.listdir(tmp_path)) == ["a", "file", "link"] and len(os.listdir(tmp_path / "a")) == 2
+
+
+def test_frames_appear_whole_or_not_at_all(tmp_path):
+    write.write_frames(tmp_path / "a", NOISE[:2])
+    with files_of_at_most(1000), pytest.raises(InputError, match="a: cannot be written"):
+        write.write_frames(tmp_path / "a", NOISE)
+    assert os.listdir(tmp_path) == ["a"] and len(os.listdir(tmp_path / "a")) == 2
+
+
+@pytest.mark.parametrize(
+    "size, factor", [((64, 64), 4), ((96, 192), 2), ((255, 1), 2), ((256, 10), 1), ((576, 1024), 1)]
+)
+def test_small_videos_are_enlarged_by_the_least_whole_number(size, factor):
+    video = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    large = write.enlarged(video)
+    assert large.shape[-2:] == (factor * size[0], factor * size[1])
+    assert all(torch.equal(large[..., y::factor, x::factor], video) for y in range(factor) for x in range(factor))
+
+
+def test_a_comment_is_in_the_metadata_of_an_mp4(tmp_path):
+    text = '{"image": "日本 <&>", "many": "' + "x" * 10_000 + '"}'
+    write.write_clip(tmp_path / "a.mp4", NOISE, 7, comment=text)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["comment"] == text

@@ -1,0 +1,179 @@
+"""Results beside the clips that their motions were learned from: one labelled video, and a page that plays all in step.
+
+A row for each motion: the clip, then its results. All are shown at the times of their own frames.
+"""
+
+import base64
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+from minimti.config import SVDConfig
+from minimti.io.decode import VideoFile
+from minimti.io.files import InputError, atomic_write, check_target
+from minimti.io.pictures import Pictures, find_pictures
+from minimti.io.pixels import to_uint8
+from minimti.io.video import read_clip
+from minimti.io.write import enlarged, write_clip, write_video
+from minimti.motion import Motion
+from minimti.page import FIGURE, MARK, PAGE
+from minimti.results import Job, read_record
+from minimti.run import Run
+
+CELL_SIDE = 384  # of a video in a comparison, the longer one, at most, in pixels
+COLUMNS = 6  # of the grid, at most: longer rows go on below
+GRID_SIDE = 3840  # of the grid, at most, in pixels
+BAR, GAP = 24, 4  # height of a label, and pixels between two videos
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A video of a comparison."""
+
+    label: str
+    video: Tensor  # uint8 [F, 3, h, w]
+    fps: float
+    is_clip: bool = False  # not a result but what it was learned from
+
+
+def check_comparison(folder: Path, suffix: str, *inputs: str) -> None:
+    """Raises InputError where the grid or the page would take the place of an input, or of somebody's own page."""
+    check_target(folder / f"grid{suffix}", *inputs)
+    page = check_target(folder / "index.html", *inputs)
+    if page.is_file() and MARK not in page.read_text(errors="replace")[:1000]:
+        raise InputError(f"{page}: is there, and not by --compare; name another folder as --out")
+
+
+def write_comparison(folder: Path, suffix: str, rows: Sequence[Sequence[Cell]]) -> list[Path]:
+    """Writes the grid, a video whose name ends in `suffix`, and index.html. Returns their paths.
+
+    Raises InputError where they cannot be written.
+    """
+    paths = [folder / f"grid{suffix}", folder / "index.html"]
+    write_video(paths[0], *grid(rows))
+    with atomic_write(paths[1]) as part:
+        part.write_text(page(rows), encoding="utf-8", errors="backslashreplace")
+    return paths
+
+
+def result_cell(job: Job) -> Cell:
+    """A result, read from its file or folder, small enough for a comparison."""
+    made_from = read_record(job.record)["made from"]
+    count, fps = made_from["frames"], made_from["fps"]
+    pictures = find_pictures(job.path)
+    source: Any = Pictures(pictures, fps) if pictures else VideoFile(job.path)
+    shown: list[tuple[float, Tensor]] = []
+    with source:
+        shown += ((time, small(source.pixels(frame))) for time, frame in source.frames(0.0))
+    # A GIF has frames that are alike only once, and counts in hundredths of a second.
+    last = [sum(time <= (index + 0.2) / fps for time, _ in shown) - 1 for index in range(count)]
+    return Cell(job.label, torch.stack([shown[index][1] for index in last]), fps)
+
+
+def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
+    """The clip that an embedding was learned from: the strip of its run folder, or the file, where that is still there.
+
+    Raises InputError where neither is there.
+    """
+    strip, source = Run(emb, save_every=1).path("clip.png"), motion.settings.get("clip", "")
+    times = re.match(r"([0-9.]+) to ([0-9.]+) s", motion.settings.get("times", ""))
+    fps = motion.fps or motion.micro.fps_id + 1
+    label = f"{Path(emb).stem}: the clip"
+    if strip.is_file():
+        with Image.open(strip) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
+        frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
+        return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
+    if times and source and Path(source).exists():
+        start, end = map(float, times.groups())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is cut off, which training has said
+            clip = read_clip(source, config, num_frames=motion.num_frames, start=start, end=end, size=motion.size)
+        return Cell(label, torch.stack([small(frame) for frame in to_uint8(clip.frames)]), fps, is_clip=True)
+    where = f"neither {strip} nor {source}" if source else f"no {strip}"
+    raise InputError(f"{emb}: {where} is there; the comparison goes without its clip")
+
+
+def small(frame: Tensor) -> Tensor:
+    """uint8 [3, H, W] -> at most CELL_SIDE pixels long, at least as long as a result, both sides even."""
+    scale = CELL_SIDE / max(frame.shape[-2:])
+    if scale < 1:
+        frame = T.resize(frame, [max(2, round(scale * side)) for side in frame.shape[-2:]], antialias=True)
+    frame = enlarged(frame)
+    return frame[:, : frame.shape[1] // 2 * 2, : frame.shape[2] // 2 * 2]
+
+
+def grid(rows: Sequence[Sequence[Cell]]) -> tuple[Tensor, float]:
+    """All cells as one video, uint8 [F, 3, H, W] with even sides, and its rate: that of the fastest, over the longest.
+
+    Shorter videos rest on their last frame. Rows of more than COLUMNS cells go on below, in lines of equal length.
+    """
+    lines = []
+    for row in rows:
+        length = -(-len(row) // -(-len(row) // COLUMNS))
+        lines += [row[at : at + length] for at in range(0, len(row), length)]
+    cells = [cell for line in lines for cell in line]
+    fps = max(cell.fps for cell in cells)
+    count = max(round(len(cell.video) / cell.fps * fps) for cell in cells)
+    width, height = max(cell.video.shape[-1] for cell in cells), max(cell.video.shape[-2] for cell in cells)
+    columns = max(map(len, lines))
+    scale = min(1.0, (GRID_SIDE / columns - GAP) / width, (GRID_SIDE / len(lines) - GAP - BAR) / height)
+    width, height = round(scale * width), round(scale * height)
+    across, down = width + GAP, height + BAR + GAP
+    shape = [count, 3, (down * len(lines) + 1) // 2 * 2, (across * columns + 1) // 2 * 2]
+    whole = torch.full(shape, 255, dtype=torch.uint8)
+    for y, line in enumerate(lines):
+        for x, cell in enumerate(line):
+            index = [min(int(i / fps * cell.fps + 1e-6), len(cell.video) - 1) for i in range(count)]
+            sides = [round(scale * side) for side in cell.video.shape[-2:]]
+            video = cell.video if scale == 1 else T.resize(cell.video, sides)
+            left = x * across + (width - video.shape[-1]) // 2
+            top = y * down + BAR + (height - video.shape[-2]) // 2
+            whole[:, :, top : top + video.shape[-2], left : left + video.shape[-1]] = video[index]
+            whole[:, :, y * down : y * down + BAR, x * across : x * across + width] = bar(cell.label, width)
+    return whole, fps
+
+
+def bar(text: str, width: int) -> Tensor:
+    """uint8 [3, BAR, width]: a line of text on white, cut short with dots where it is too long."""
+    image = Image.new("RGB", (width, BAR), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    shown, length = text, len(text)
+    while length > 1 and draw.textlength(shown, font=font) > width - 4:
+        length -= 1
+        shown = text[:length] + "..."
+    draw.text((width / 2, BAR / 2), shown, fill="black", font=font, anchor="mm")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, BAR, width]
+
+
+def page(rows: Sequence[Sequence[Cell]]) -> str:
+    """A web page that plays all cells in step. The videos are in it: it needs no other file and no network."""
+    sections = []
+    for row in rows:
+        figures = "\n".join(
+            FIGURE.format(kind="clip" if cell.is_clip else "result", video=_mp4(cell), label=escape(cell.label))
+            for cell in row
+        )
+        sections.append(f"<section>\n{figures}\n</section>")
+    cells = [cell for row in rows for cell in row]
+    seconds, fps = max(len(cell.video) / cell.fps for cell in cells), max(cell.fps for cell in cells)
+    return PAGE.format(mark=MARK, sections="\n".join(sections), seconds=repr(seconds), fps=repr(float(fps)))
+
+
+def _mp4(cell: Cell) -> str:
+    """An mp4 in base64."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cell.mp4"
+        write_clip(path, cell.video, cell.fps)
+        return base64.b64encode(path.read_bytes()).decode()

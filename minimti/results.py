@@ -1,0 +1,190 @@
+"""The results of sample.py: which are to be made, what they are called, and the record beside each.
+
+The record of img_m.mp4 is img_m.mp4.json. It names all that the result depends on, so that a rerun keeps a result that
+would come out the same, and makes any other again.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimti.io.files import InputError, atomic_write, check_folder, check_target, check_writable, require_file
+from minimti.io.write import check_frames
+
+SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "png": ""}  # of results, by --format; png is a folder of frames
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result to be made."""
+
+    path: Path  # of the result
+    motion: int | None  # index of the embedding; None: the image's own
+    image: int | None  # index of the image; None: the motion alone
+    seed: int
+    label: str  # in a comparison
+
+    @property
+    def record(self) -> Path:
+        """The file beside the result."""
+        return record_of(self.path)
+
+    @property
+    def attention(self) -> Path:
+        """The picture of --attention."""
+        return self.path.with_name(f"{self.path.stem}_attention.png")
+
+
+def plan(
+    motions: Sequence[str],
+    images: Sequence[str],
+    seeds: Sequence[int],
+    out: str,
+    form: str,
+    *,
+    learned: bool,
+    inputs: Sequence[str] = (),
+) -> list[Job]:
+    """A job for each motion, image and seed, in this order.
+
+    motions  the embeddings' names, of which those of the results are made; the model's where there is no embedding
+    images   paths; none for the motion alone
+    seeds    a seed is part of a name where there are several
+    out      a folder, or the file of the only result
+    form     "mp4", "gif" or "png"
+    learned  whether the motions are embeddings
+    inputs   files that are read, besides the images
+
+    Raises InputError where a result would replace another or an input, or cannot be written.
+    """
+    jobs = []
+    for m, motion in enumerate(motions):
+        for i, image in enumerate(images or [None]):
+            for seed in seeds:
+                name = f"{motion}_unconditional" if image is None else f"{Path(image).stem}_{motion}"
+                label = "motion alone" if image is None else Path(image).stem
+                if len(motions) > 1:
+                    label = f"{motion}: {label}"
+                if len(seeds) > 1:
+                    name, label = f"{name}_seed{seed}", f"{label}, seed {seed}"
+                path = Path(out) / (name + SUFFIXES[form])
+                jobs.append(Job(path, m if learned else None, None if image is None else i, seed, label))
+
+    read = [*images, *inputs]
+    suffix = Path(out).suffix.lower()
+    if suffix in (".mp4", ".gif"):
+        if suffix != SUFFIXES[form]:
+            raise InputError(f"--out {out}: is no name for --format {form}; leave one of them out")
+        if len(jobs) > 1:
+            raise InputError(f"--out {out}: one file cannot hold {len(jobs)} videos; name a folder")
+        path = check_writable(out, *read)
+        return [Job(path, jobs[0].motion, jobs[0].image, jobs[0].seed, jobs[0].label)]
+    if os.path.isfile(out) or suffix in (".mov", ".webm", ".mkv", ".avi"):
+        raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4 or .gif")
+    path, count = Counter(job.path for job in jobs).most_common(1)[0]
+    if count > 1:
+        same_images = len({Path(image).stem for image in images}) < len(images)
+        what = "images" if same_images else "embeddings" if len(set(motions)) < len(motions) else "pairs"
+        raise InputError(f"{count} {what} of the same name would all become {path.name}; sample them apart")
+    check_folder(out)
+    for job in jobs:
+        if form == "png":
+            check_frames(job.path)
+        else:
+            check_target(job.path, *read)
+        check_target(job.record, *read)
+    return jobs
+
+
+def record_of(result: Path) -> Path:
+    """The name of a result's record."""
+    return result.with_name(f"{result.name}.json")
+
+
+def is_made(job: Job, made_from: Mapping[str, Any]) -> bool:
+    """Whether the result is there, unchanged, and its record names the same things as `made_from`."""
+    try:
+        record = read_record(job.record)
+        same = record["made from"] == json.loads(json.dumps(made_from))
+        return bool(same and record["sha256"] == digest(job.path))
+    except (InputError, KeyError, OSError):
+        return False
+
+
+def write_record(job: Job, made_from: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes the record of a result that is there. Raises InputError where that fails.
+
+    made_from  all that the result depends on
+    about      what else there is to say about it
+    """
+    text = json.dumps({"sha256": digest(job.path), "made from": made_from, "about": about}, indent=1)
+    with atomic_write(job.record) as part:
+        part.write_text(text + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record. Raises InputError where there is none, or the file is another."""
+    try:
+        record = json.loads(require_file(path).read_bytes())
+        if isinstance(record["made from"], dict) and isinstance(record["about"], dict):
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{path}: is no record of a result that sample.py made")
+
+
+def digest(path: str | Path) -> str:
+    """A name for the contents of a file, or of the files in a folder (sha256, 32 of its digits)."""
+    path, found = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            found.update(f"{file.name} {digest(file)}\n".encode("utf-8", "surrogateescape"))
+    else:
+        with open(path, "rb") as stream:
+            while block := stream.read(2**20):
+                found.update(block)
+    return found.hexdigest()[:32]
+
+
+def short(fingerprint: Mapping[str, Sequence[float]]) -> str:
+    """A fingerprint of weights as 12 digits. Two are equal where the weights are, in one precision on one machine."""
+    return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:12] if fingerprint else "unknown"
+
+
+def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1, 0 without. Raises InputError for other texts."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in environment for name in names):
+        return 0, 1, 0
+    texts = [environment[name] for name in names]
+    if not all(text.isdecimal() and len(text) < 8 for text in texts) or not int(texts[0]) < int(texts[1]):
+        said = ", ".join(f"{name}={text}" for name, text in zip(names, texts))
+        raise InputError(f"{said}: are not those of torchrun; unset them to run one process")
+    rank, size, local = map(int, texts)
+    return rank, size, local
+
+
+def wait_for_all() -> None:
+    """Returns when every process of torchrun has come here."""
+    from datetime import timedelta
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # some may have much more to do than others
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def flat(contents: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The entries of nested dicts, and what each holds, as texts."""
+    for name, value in contents.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name} ")
+        elif value not in (None, "", []):
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{name}", text

@@ -1,0 +1,89 @@
+"""What is in a file of train.py or sample.py:  python -m minimti.show m.pt
+
+FILE is an embedding, or a result of sample.py: a video, a folder of frames, or the record beside it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minimti import cli
+from minimti.io.files import InputError, require_file
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Ends the program with exit code 2 where it is wrong."""
+    parser = cli.Parser(prog="python -m minimti.show", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="m.pt, m.safetensors, img_m.mp4, img_m.gif, img_m.mp4.json, ...")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints what is known of the file, a line each."""
+    path = Path(parse().file)
+    found = about_embedding(path) if path.suffix in (".pt", ".safetensors") else about_result(path)
+    lines = [(cli.printable(name), cli.printable(text)) for name, text in found]
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, text in lines:
+        print(f"{name:{width}}  {text}")
+
+
+def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and texts about an embedding. Raises InputError where the file is none."""
+    from minimti.motion import Motion
+    from minimti.results import flat, short
+    from minimti.run import Run
+
+    motion = Motion.load(path)
+    sets, num_tokens, width = motion.tokens.shape
+    frames = f"{motion.num_frames} frames" if sets == 1 else f"each of {motion.num_frames} frames, 1 over time"
+    yield "embedding", f"{sets} x {num_tokens} tokens of width {width}, for {frames}"
+    yield "model", motion.model
+    yield "fingerprint", short(motion.fingerprint)
+    steps = str(motion.steps)
+    unfinished = motion.total_steps is not None and motion.steps < motion.total_steps
+    yield "steps", f"{steps} of {motion.total_steps}: unfinished" if unfinished else steps
+    yield "seed", str(motion.seed)
+    yield "size", f"{motion.size[0]}x{motion.size[1]}"
+    yield "fps", f"{motion.fps or motion.micro.fps_id + 1:.4g}"
+    yield from flat(vars(motion.micro))
+    yield from flat({name: text for name, text in motion.settings.items() if name != "steps"})
+    strip = Run(path, save_every=1).path("clip.png")
+    if strip.is_file():
+        yield "strip", f"{strip} (the frames that were learned)"
+
+
+def about_result(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and texts about a result, of its own metadata or of the record beside it. Raises InputError without any."""
+    from minimti.results import flat, read_record, record_of
+
+    if path.suffix == ".json":
+        record = read_record(path)
+    elif path.suffix == ".mp4" and (found := metadata(path)):
+        record = found
+    elif path.is_dir() or require_file(path):
+        if not record_of(path).is_file():
+            raise InputError(f"{path}: says nothing of how it was made, and no {record_of(path).name} is beside it")
+        record = read_record(record_of(path))
+    yield from flat({**record["made from"], **record["about"]})
+
+
+def metadata(path: Path) -> dict[str, Any] | None:
+    """The record in the metadata of an mp4; None where there is none. Raises InputError where it is no video."""
+    import av
+
+    require_file(path)
+    try:
+        with av.open(f"file:{path}") as container:
+            record = json.loads(container.metadata.get("comment", ""))
+            return record if isinstance(record["made from"], dict) and isinstance(record["about"], dict) else None
+    except av.FFmpegError as error:
+        raise InputError(f"{path}: cannot be read as a video") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,356 @@
+"""sample.py: which results it makes of what, what it keeps, and what it writes beside them. The model is a stand-in."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from minimti import attention_maps, cli, edm, pipeline
+from minimti.config import MODELS
+from minimti.io.image import read_image
+from minimti.io.write import write_strip
+from minimti.motion import Motion
+from minimti.svd import SVD
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = MODELS["tiny"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Three images and two embeddings, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for index, name in enumerate(("a.png", "photos/b.jpg", "photos/c.png")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (60 * index, 100, 200)).save(name)
+    for index, name in enumerate(("m.pt", "n.pt")):
+        motion_of(index).save(name)
+    return tmp_path
+
+
+def motion_of(seed: int) -> Motion:
+    tokens = torch.randn(15, 2, 64, generator=torch.Generator().manual_seed(seed))
+    facts = {
+        "command": f"python train.py clip{seed}.mp4",
+        "clip": f"clip{seed}.mp4",
+        "times": "0.00 to 1.86 s of 2.0 s",
+    }
+    return Motion(tokens, 14, "tiny", TINY.micro, (64, 64), steps=5, seed=seed, settings=facts)
+
+
+def frames_of(motion: Motion | None, image: torch.Tensor, seed: int) -> torch.Tensor:
+    """A video that differs with all that it is made from."""
+    level = image.mean().item() * 100 + seed * 10 + (motion.tokens.sum().item() if motion else 0)
+    return torch.full((14, 3, *image.shape[-2:]), int(abs(level)) % 256, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> SVD:
+    return pipeline.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def made(monkeypatch, tiny) -> list[dict]:
+    """The options of each call of `animate`, which a stand-in takes the place of."""
+    calls: list[dict] = []
+
+    def animate(svd, motion, image, *, progress, **options):
+        calls.append(options | {"image": image, "motion": motion})
+        return frames_of(motion, image, options["seed"])
+
+    monkeypatch.setattr(pipeline, "animate", animate)
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: tiny)
+    monkeypatch.setattr(SVD, "release", lambda svd, name: None)  # one model serves all calls
+    return calls
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Runs sample.py -> exit code, stdout, stderr."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.run(sample.main)
+        return stop.value.code, *capfd.readouterr()
+
+    return call
+
+
+def names(path: str | Path) -> list[str]:
+    return sorted(file.name for file in Path(path).iterdir())
+
+
+def videos(path: str | Path) -> list[str]:
+    return [name for name in names(path) if name.endswith(".mp4")]
+
+
+def test_every_embedding_moves_every_image_and_options_stand_anywhere(folder, made, call):
+    code, out, error = call(
+        "a.png", "--emb", "m.pt", "photos", "--out", "r", "--emb", "n.pt", "--seed", "3", "photos/*.png"
+    )
+    assert code == 0, error
+    assert videos("r") == ["a_m.mp4", "a_n.mp4", "b_m.mp4", "b_n.mp4", "c_m.mp4", "c_n.mp4"]
+    lines = out.splitlines()
+    assert lines[1].startswith("model      tiny from ") and lines[2].startswith(
+        "settings   12 steps of euler, guidance 1 to 3"
+    )
+    assert lines[5].startswith("video      3 of 6  r/c_m.mp4: 14 frames, 256x256, 7 fps, seed 3")
+    assert [options["seed"] for options in made] == [3] * 6
+
+
+def test_several_seeds_are_in_the_names_and_one_is_not(folder, made, call):
+    assert call("--emb", "m.pt", "a.png", "--out", "r", "--seeds", "3", "--seed", "5")[0] == 0
+    assert videos("r") == ["a_m_seed5.mp4", "a_m_seed6.mp4", "a_m_seed7.mp4"]
+    assert [options["seed"] for options in made] == [5, 6, 7]
+    assert call("--emb", "m.pt", "a.png", "--seed", "5")[0] == 0 and Path("a_m.mp4").is_file()
+
+
+def test_a_result_is_kept_only_where_all_that_it_is_made_from_is_the_same(folder, made, call):
+    args = ["--emb", "m.pt", "a.png", "--out", "r"]
+    assert call(*args)[0] == 0 and len(made) == 1
+    code, out, _ = call(*args, "--memory", "low")  # changes the time alone
+    assert code == 0 and len(made) == 1 and "1 of 1  r/a_m.mp4: is there, made from the same, and kept" in out
+
+    def again(*more: str) -> bool:
+        count = len(made)
+        assert call(*args, *more)[0] == 0
+        return len(made) > count
+
+    for change in ("--steps 3", "--seed 1", "--guidance 1 2", "--solver heun", "--fps 9", "--noise-aug 0.1"):
+        assert again(*change.split()) and not again(*change.split()), change
+    for change in ("--size 64x96", "--fit stretch", "--crop-center 0 0 --size 64x96", "--motion-bucket 3"):
+        assert again(*change.split()) and not again(*change.split()), change
+    assert again() and not again()
+    motion_of(7).save("m.pt")
+    assert again() and not again()
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    assert again() and not again()
+    Path("r/a_m.mp4").write_bytes(b"another")
+    assert again() and not again()
+    Path("r/a_m.mp4.json").write_text("{}")
+    assert again() and not again()
+    Path("r/a_m.mp4").unlink()
+    assert again()
+
+
+def test_other_weights_make_a_result_again(folder, made, call, monkeypatch):
+    from minimti.checkpoint import fingerprint
+
+    assert call("--emb", "m.pt", "a.png")[0] == 0
+    found = fingerprint.fingerprint
+    monkeypatch.setattr(
+        fingerprint, "fingerprint", lambda net: {name: [n + 1 for n in v] for name, v in found(net).items()}
+    )
+    assert call("--emb", "m.pt", "a.png")[0] == 0 and len(made) == 2
+
+
+def test_a_bad_image_among_good_ones_is_found_before_a_model_is_loaded(folder, made, call, monkeypatch):
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    Path("photos/d.png").write_text("no picture")
+    code, _, error = call("--emb", "m.pt", "photos", "--out", "r")
+    assert code == 2 and "photos/d.png: cannot be read as an image" in error and not Path("r").exists()
+
+
+def test_the_record_is_beside_the_result_and_in_it(folder, made, call):
+    assert call("--emb", "m.pt", "a.png", "--seed", "4")[0] == 0
+    record = json.loads(Path("a_m.mp4.json").read_text())
+    with av.open("a_m.mp4") as container:
+        inside = json.loads(container.metadata["comment"])
+    assert inside == {part: record[part] for part in ("made from", "about")}
+    made_from, about = record["made from"], record["about"]
+    assert made_from["seed"] == 4 and made_from["model"] == "tiny" and made_from["size"] == [64, 64]
+    assert len(made_from["embedding"]) == len(made_from["image"]) == 32 and set(made_from["weights"]) == {"unet", "vae"}
+    assert about["command"] == "python sample.py --emb m.pt a.png --seed 4" and about["image"] == "a.png"
+    assert about["motion"]["clip"] == "clip0.mp4" and {"minimti", "torch", "model file"} <= set(about)
+
+
+def test_every_format_holds_the_frames(folder, made, call):
+    args = ["--emb", "m.pt", "a.png", "--out", "r"]
+    for form in ("mp4", "gif", "png"):
+        assert call(*args, "--format", form)[0] == 0
+    assert names("r") == ["a_m", "a_m.gif", "a_m.gif.json", "a_m.json", "a_m.mp4", "a_m.mp4.json"]
+    assert names("r/a_m") == [f"{index:05}.png" for index in range(14)]
+    value = int(frames_of(made[0]["motion"], made[0]["image"], 0)[0, 0, 0, 0])
+    assert (np.array(Image.open("r/a_m/00003.png")) == value).all() and Image.open("r/a_m/00003.png").size == (256, 256)
+    with Image.open("r/a_m.gif") as gif:
+        assert gif.size == (256, 256) and abs(np.array(gif.convert("RGB")).astype(int) - value).max() <= 1
+    assert call("--emb", "m.pt", "a.png", "--out", "x.gif")[0] == 0 and Path("x.gif").is_file()
+    calls = len(made)
+    assert call(*args, "--format", "png")[0] == 0 and len(made) == calls  # kept
+    assert call(*args, "--format", "png", "--seed", "1")[0] == 0 and len(names("r/a_m")) == 14
+    assert [name for name in names("r") if name.startswith(".")] == []
+
+
+def test_a_folder_with_other_files_is_never_replaced_by_frames(folder, made, call):
+    Path("a_m").mkdir()
+    Path("a_m/thesis.txt").write_text("years of work")
+    code, _, error = call("--emb", "m.pt", "a.png", "--format", "png")
+    assert code == 2 and "a_m: holds other files than frames" in error and Path("a_m/thesis.txt").is_file() and not made
+
+
+REFUSED = [
+    (["--emb", "m.pt", "--emb", "other.pt", "a.png"], "other.pt: is for the model 'svd', but m.pt is for 'tiny'"),
+    (["--emb", "m.pt", "--emb", "copy/m.pt", "a.png"], "2 embeddings of the same name would all become a_m.mp4"),
+    (["--emb", "m.pt", "photos", "--out", "photos"], "photos: the results would go among the images; name another"),
+    (["--emb", "m.pt", "empty", "--out", "r"], "empty: is a folder without pictures"),
+    (["--emb", "m.pt", "no*.png"], "no*.png: no file has such a name"),
+    (["--emb", "m.pt", "--swap", "a.png", "a.png"], "--swap and --emb: each of them sets the motion; give one"),
+    (["a.png", "--attention"], "--attention: needs --emb"),
+    (["--emb", "m.pt", "a.png", "--schedule", "ays"], "--schedule ays: is for SVD, whose noise begins at 700"),
+    (["--emb", "m.pt", "a.png", "--format", "png", "--out", "x.mp4"], "x.mp4: is no name for --format png"),
+    (["--emb", "m.pt", "a.png", "--format", "gif", "--out", "x.mp4"], "x.mp4: is no name for --format gif"),
+    (["--emb", "m.pt", "a.png", "--compare", "--out", "site"], "site/index.html: is there, and not by --compare"),
+    (["--emb", "m.pt", "a.png", "--seeds", "0"], "argument --seeds: 0 is not in"),
+    (["--emb", "m.pt", "a.png", "--format", "avi"], "argument --format: invalid choice: 'avi'"),
+    (["--swap", "nothing.png", "a.png"], "nothing.png: no such file"),
+]
+
+
+@pytest.mark.parametrize("args, message", REFUSED)
+def test_what_does_not_go_together_is_refused_before_the_work(folder, made, call, monkeypatch, args, message):
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    replace(motion_of(0), model="svd").save("other.pt")
+    for name in ("copy", "empty", "site"):
+        Path(name).mkdir()
+    motion_of(0).save("copy/m.pt")
+    Path("site/index.html").write_text("<html>my own page</html>")
+    code, _, error = call(*args)
+    assert code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_a_comparison_has_the_clip_before_the_results_of_each_motion(folder, made, call):
+    strip = torch.stack([torch.full((3, 64, 64), index / 14) for index in range(14)])
+    Path("m.run").mkdir()
+    write_strip("m.run/clip.png", strip[None])
+    code, out, error = call("--emb", "m.pt", "--emb", "n.pt", "a.png", "photos", "--out", "r", "--compare")
+    assert code == 0 and "note       n.pt: neither n.run/clip.png nor clip1.mp4 is there" in out, error
+    with av.open("r/grid.mp4") as container:
+        first, *_, last = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert first.shape == (2 * 284, 4 * 260, 3)
+    assert abs(int(last[150, 128, 0]) - int(first[150, 128, 0]) - 127.5 * 13 / 14) < 6  # the clip alone changes
+    assert abs(last[150, 388].astype(int) - first[150, 388]).max() <= 2
+    page = Path("r/index.html").read_text()
+    for label in ("m: the clip", "m: a", "m: b", "n: a", "n: c"):
+        assert f"<figcaption>{label}</figcaption>" in page
+    assert page.count("<video") == 7 and page.count("data:video/mp4;base64,") == 7
+    calls = len(made)
+    assert call("--emb", "m.pt", "--emb", "n.pt", "a.png", "photos", "--out", "r", "--compare")[0] == 0
+    assert len(made) == calls  # the page is made again, the results are kept
+
+
+def test_swap_conditions_on_the_embedding_of_another_image(folder, made, call, tiny):
+    """Figure 3: the latent is that of the image, the tokens are those of the other."""
+    assert call("--swap", "photos/b.jpg", "a.png")[0] == 0 and Path("a_b.mp4").is_file()
+    wanted = tiny.embed(read_image("photos/b.jpg", TINY))
+    assert torch.allclose(made[0]["motion"].tokens, wanted[:, None].cpu(), atol=1e-6)
+    assert torch.equal(made[0]["image"], read_image("a.png", TINY)) and made[0]["motion"].num_frames == 14
+    Image.new("RGB", (64, 64), "white").save("photos/b.jpg")
+    assert call("--swap", "photos/b.jpg", "a.png")[0] == 0 and len(made) == 2  # another image: made again
+
+
+def test_attention_is_drawn_beside_the_result(folder, call, monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention_maps, "write_attention", lambda path, *given: seen.append(given) or path.touch())
+    args = ["--emb", "m.pt", "a.png", "--steps", "2"]
+    code, _, error = call(*args, "--attention")
+    assert code == 0 and Path("a_m_attention.png").is_file(), error
+    (video, weights), *_ = seen
+    assert video.shape == (14, 3, 64, 64) and weights.shape == (14, 16 * 16, 2)
+    assert torch.allclose(weights.sum(-1), torch.ones(14, 256), atol=1e-5)
+    whole = Path("a_m.mp4.json").read_text()
+    assert call(*args, "--attention")[0] == 0 and len(seen) == 1  # kept
+    Path("a_m_attention.png").unlink()
+    assert call(*args, "--attention")[0] == 0 and len(seen) == 2 and Path("a_m.mp4.json").read_text() == whole
+    video_before = Path("a_m.mp4.json").read_bytes()
+    assert call(*args)[0] == 0 and Path("a_m.mp4.json").read_bytes() == video_before  # looking changes nothing
+
+
+def test_the_schedule_reaches_the_sampler(folder, made, call, monkeypatch):
+    """Refused for tiny; on a model with SVD's noise levels it is handed on."""
+    from minimti.checkpoint import load as loading
+
+    opened = loading.open_checkpoint
+
+    def as_svd(model, revision=None):
+        checkpoint = opened(model, revision)
+        return replace(checkpoint, config=replace(checkpoint.config, sigma_max=700.0))
+
+    monkeypatch.setattr(pipeline, "open_checkpoint", as_svd)
+    assert call("--emb", "m.pt", "a.png", "--schedule", "ays", "--steps", "10")[0] == 0
+    assert made[0]["schedule"] == "ays" and made[0]["steps"] == 10
+
+
+def test_the_sampler_takes_the_noise_levels_of_the_schedule(mini_svd, monkeypatch):
+    seen = []
+
+    def solver(denoiser, n, sigmas):
+        seen.append(sigmas)
+        yield n
+
+    monkeypatch.setitem(edm.SOLVERS, "euler", solver)
+    for schedule in ("karras", "ays"):
+        pipeline.animate(mini_svd, None, torch.zeros(1, 3, 32, 48), steps=10, schedule=schedule)
+    config = mini_svd.config
+    karras = edm.karras_sigmas(10, config.sigma_min, config.sigma_max, config.rho)
+    assert torch.equal(seen[0], karras) and torch.equal(seen[1], edm.ays_sigmas(10))
+    with pytest.raises(ValueError, match="the schedule 'linear' is none of mini"):
+        pipeline.animate(mini_svd, None, torch.zeros(1, 3, 32, 48), schedule="linear")
+
+
+def test_two_ranks_make_each_result_once(folder):
+    """As torchrun starts them. Together they make what one process makes, and then one of them the comparison."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name in ("d.png", "e.png"):
+        Image.new("RGB", (64, 64), "blue").save(f"photos/{name}")
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--emb",
+        "m.pt",
+        "photos",
+        "--steps",
+        "1",
+        "--out",
+        "r",
+        "--compare",
+    ]
+    started = []
+    for rank in ("0", "1"):
+        own = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        started.append(subprocess.Popen(command, env=os.environ | own, stdout=-1, stderr=-1, text=True))
+    (first, error), (second, error_too) = (process.communicate(timeout=100) for process in started)
+    assert [process.returncode for process in started] == [0, 0], error + error_too
+    lines = sorted(line for line in (first + second).splitlines() if line.startswith("video"))
+    assert [line.split(":")[0] for line in lines] == [
+        f"video      {i + 1} of 4  r/{n}_m.mp4" for i, n in enumerate("bcde")
+    ]
+    assert first.count("video ") == second.count("video ") == 2 and "model  " in first and "model  " not in second
+    assert videos("r") == ["b_m.mp4", "c_m.mp4", "d_m.mp4", "e_m.mp4", "grid.mp4"] and "comparison" in first
+
+
+@pytest.mark.parametrize("rank, size", [("2", "2"), ("x", "2"), ("-1", "2"), ("0", "0")])
+def test_odd_ranks_are_refused(folder, call, monkeypatch, rank, size):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    code, _, error = call("--emb", "m.pt", "a.png")
+    assert code == 2 and f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK=0: are not those of torchrun" in error
