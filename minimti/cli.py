@@ -4,6 +4,7 @@ Nothing here imports PyTorch, which takes seconds: `--help` and a misspelt optio
 """
 
 import argparse
+import atexit
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minimti import __version__, signals
-from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS
+from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS, printable
 from minimti.io.files import InputError
 
 if TYPE_CHECKING:
@@ -236,6 +237,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     What the program prints needs no reader: it goes on when a pipe is closed.
     """
+    # As it ends, Python gives signals their defaults back, which kill without a line. What is ignored stays ignored.
+    atexit.register(signals.ignore)
     with _lasting_output():
         sys.exit(_exit_code(main))
 
@@ -287,15 +290,6 @@ def _lasting_output() -> Iterator[None]:
         finally:
             out.flush()
             error.flush()
-
-
-def printable(text: object) -> str:
-    """Text in which nothing but letters, signs and spaces is left, as in names of files; the rest is escaped.
-
-    A byte that is not in the encoding of file names becomes \\xff or so, a line break \\n.
-    """
-    known = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in known)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -82,7 +82,7 @@ def test_any_name_can_be_printed(encoding):
 
 def test_names_are_escaped():
     assert cli.printable("plain name ä 日.mp4") == "plain name ä 日.mp4"
-    assert cli.printable(os.fsdecode(b"a\xffb")) == r"a\xffb"
+    assert cli.printable(os.fsdecode(b"a\xffb")) == r"a\udcffb"
     assert cli.printable(Path("a\nb\r\t\x1b[31m\u2028")) == r"a\nb\r\t\x1b[31m\u2028"
 
 

@@ -21,7 +21,6 @@ from minimti.io.files import (
     check_writable,
     make_folder,
     require_file,
-    uninterrupted,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,33 +274,6 @@ def test_a_signal_waits_until_the_file_is_written(tmp_path, number):
     assert came == ["whole", "whole"] and names(tmp_path) == {"a.txt"}
 
 
-def test_an_interrupt_within_a_block_is_raised_after_it():
-    handlers, done = [signal.getsignal(number) for number in STOPS], []
-    with pytest.raises(KeyboardInterrupt):
-        with uninterrupted():
-            with uninterrupted():
-                os.kill(os.getpid(), signal.SIGINT)
-                done.append(1)
-            done.append(2)
-        done.append(3)
-    assert done == [1, 2] and [signal.getsignal(number) for number in STOPS] == handlers
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        os.kill(os.getpid(), signal.SIGINT)
-        raise ValueError
-
-
-def test_ignored_signals_stay_ignored():
-    """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with uninterrupted():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_another_thread_writes_without_handlers(tmp_path):
     def write():
         with atomic_write(tmp_path / "a.txt") as part:
@@ -314,7 +286,7 @@ def test_another_thread_writes_without_handlers(tmp_path):
 
 
 def test_what_posix_alone_has_may_be_missing(tmp_path, monkeypatch):
-    """Windows has no SIGHUP and opens no folder."""
+    """Windows opens no folder."""
     opened = os.open
 
     def refuse(path, flags, *args, **options):
@@ -322,7 +294,6 @@ def test_what_posix_alone_has_may_be_missing(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(path, flags, *args, **options)
 
-    monkeypatch.delattr(signal, "SIGHUP")
     monkeypatch.setattr(os, "open", refuse)
     with atomic_write(tmp_path / "a.txt") as part:
         part.write_text("whole")
