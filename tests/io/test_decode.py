@@ -122,6 +122,14 @@ def test_the_still_of_an_animated_avif_is_not_the_film(tmp_path):
     assert greys.tolist() == pytest.approx([0, 40, 80, 120, 160], abs=3)
 
 
+def test_titles_need_not_be_text(tmp_path):
+    encode(tmp_path / "a.mkv", gradients(14), 7, title="a title")
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert content.count(b"a title") == 1
+    (tmp_path / "a.mkv").write_bytes(content.replace(b"a title", b"\xff\xfe\x80tle\xc3"))
+    assert shown(video.read_clip(tmp_path / "a.mkv", TINY).frames, 14) == list(range(14))
+
+
 def test_a_pipe_is_opened_once(tmp_path):
     """As `train.py <(...)` does; an mp4 must be sought in, which a pipe cannot be."""
     encode(tmp_path / "a.mp4", gradients(14), 7)
