@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -147,7 +148,11 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torc
     svd = pipeline.load(checkpoint, device=device, dtype=dtype, vae_dtype=getattr(torch, args.vae_dtype))
     if args.compile:
         pipeline.compile_unet(svd.unet)
+    _loaded.append(weakref.ref(svd))
     return svd
+
+
+_loaded: deque["weakref.ref[SVD]"] = deque(maxlen=1)  # the last model: its budget says what to try when memory runs out
 
 
 class Bars:
@@ -251,10 +256,12 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _print_line("error", str(error))
         return 2
-    except (FloatingPointError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = _is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not out_of_memory:
             raise
-        _print_line("error", (str(error) or type(error).__name__).splitlines()[0])
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        _print_line("error", f"out of memory: try {_smaller()} ({reason})" if out_of_memory else reason)
         return 1
     except KeyboardInterrupt as stop:
         signals.end(getattr(stop, "number", signal.SIGINT))
@@ -292,10 +299,18 @@ def _lasting_output() -> Iterator[None]:
             error.flush()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a card, Apple's GPU, the CPU's allocator or Python has no more memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 
-    return isinstance(error, torch.OutOfMemoryError)
+
+def _smaller() -> str:
+    """The next smaller settings of the program that runs."""
+    svd = _loaded[0]() if _loaded else None
+    modes = MEMORY_MODES[MEMORY_MODES.index(svd.budget.memory) + 1 :] if svd else MEMORY_MODES[-1:]
+    frames = [] if signals.program() == "sample.py" else ["fewer --frames"]  # there the embedding has their number
+    return " or ".join([*(f"--memory {mode}" for mode in modes[:1]), "a smaller --size", *frames])
 
 
 def _print_line(kind: str, message: str) -> None:
