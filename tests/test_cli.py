@@ -168,7 +168,8 @@ def test_the_part_that_is_named_is_animated(work, call, reached):
         call("sample.py", *args, "--crop-center", center, "0.5")
         assert (reached["args"][2] == value).all()
     call("sample.py", *args, "--fit", "stretch")
-    assert (reached["args"][2][..., 56:] == 1).all() and (reached["args"][2][..., :40] == -1).all()
+    # torch 2.6 rounds weights of a resize that sum to 1
+    assert (reached["args"][2][..., 56:] > 1 - 1e-6).all() and (reached["args"][2][..., :40] < 1e-6 - 1).all()
 
 
 def test_a_video_plays_at_the_rate_that_was_sampled(work, call, monkeypatch):
