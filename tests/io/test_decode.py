@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
@@ -207,6 +208,29 @@ def test_a_file_that_names_others_opens_none(tmp_path, listener, content):
         with pytest.raises(InputError, match="cannot be read as a video"):
             video.read_clip(tmp_path / name, TINY)
     assert heard == []
+
+
+def with_reference(content: bytes, path: Path, parents: str = "moov trak mdia minf dinf dref") -> bytes:
+    """An mp4 whose header says that the pictures are in another file: another entry of `dref`, longer boxes around."""
+    name, _, rest = parents.partition(" ")
+    at = content.index(name.encode()) - 4
+    end = at + int.from_bytes(content[at : at + 4], "big")
+    if rest:
+        inner = with_reference(content[at + 8 : end], path, rest)
+    else:  # an alias of QuickTime: volume, name, levels of folders from here and to there, path with colons
+        text = b"vol" + str(path).replace("/", ":").encode()
+        entry = b"alis" + struct.pack(">14xB27s12xB63s16xHH16x", 3, b"vol", len(path.name), path.name.encode(), 1, 1)
+        entry += struct.pack(f">HH{len(text) + len(text) % 2}sHH", 2, len(text), text, 0xFFFF, 0)
+        inner = bytes(4) + (1).to_bytes(4, "big") + (4 + len(entry)).to_bytes(4, "big") + entry
+    return content[:at] + (8 + len(inner)).to_bytes(4, "big") + name.encode() + inner + content[end:]
+
+
+def test_pictures_that_are_in_another_file_are_not_there(tmp_path):
+    encode(tmp_path / "secret.mp4", gradients(14).flip(0), 7)
+    encode(tmp_path / "whole.mp4", gradients(14), 7)
+    (tmp_path / "a.mp4").write_bytes(with_reference((tmp_path / "whole.mp4").read_bytes(), tmp_path / "secret.mp4"))
+    with pytest.raises(InputError, match="a.mp4: has no picture that can be decoded"):
+        video.read_clip(tmp_path / "a.mp4", TINY)
 
 
 def test_a_name_is_no_address(tmp_path, listener, monkeypatch):

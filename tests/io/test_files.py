@@ -168,7 +168,7 @@ def test_permissions_are_those_of_a_new_file(tmp_path, umask, mode):
 
 
 def test_processes_of_one_number_do_not_meet(tmp_path):
-    """As in containers that share a folder: each of 250 files is wholly that of one of two writers, which both succeed."""
+    """As in containers that share a folder: each of 250 files is wholly that of one of two writers; both succeed."""
     code = """if True:
         import os, sys
         os.getpid = lambda: 7
