@@ -293,7 +293,7 @@ class AttentionMaps:
 
     def mean(self) -> Tensor:
         """Attention weights [F, L, N], a mean over heads, layers and sampling steps; L positions, row by row."""
-        return torch.stack(self.maps).mean(0)
+        return torch.stack(self.maps).mean(0).cpu()
 
     def _record(self, layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor], _: Tensor) -> None:
         x, k, _ = (t[-self.num_frames :] for t in inputs)  # the batch of both branches ends with the conditional one
