@@ -39,7 +39,7 @@ class AttentionMaps:
         """Attention weights [F, L, N], a mean over heads, layers and sampling steps; L positions, row by row."""
         if self.total is None:
             raise ValueError("no attention has been recorded")
-        return self.total / self.count
+        return (self.total / self.count).cpu()
 
     def _record(self, layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor], _: Tensor) -> None:
         x, k, _ = (t[-self.num_frames :] for t in inputs)  # the batch of both branches ends with the conditional one
