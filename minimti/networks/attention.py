@@ -119,13 +119,13 @@ class CrossAttention(Attention):
             return self.project_out(v.sum(dim=2, keepdim=True))
         # The positions of a set go in parts, each with a copy of K and V. The backward pass of fused attention goes
         # through the queries of a set one after the other, so that few sets would occupy few multiprocessors of a GPU.
-        parts = _num_parts(x.shape[1])
+        parts = num_parts(x.shape[1])
         q = self.to_q(x).unflatten(1, (parts, -1)).flatten(0, 1)  # [(sets parts), L / parts, dim]
         k, v = repeated(k, parts), repeated(v, parts)  # [(sets parts), heads, N, head_dim]
         return self.project_out(attention(self.split_heads(q), k, v, self.few_scores)).view(x.shape)
 
 
-def _num_parts(positions: int) -> int:
+def num_parts(positions: int) -> int:
     """A power of two that divides the number of positions and leaves about PART_POSITIONS or more in each part."""
     return math.gcd(positions, 2 ** max(0, (positions // PART_POSITIONS).bit_length() - 1))
 

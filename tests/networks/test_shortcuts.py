@@ -9,7 +9,7 @@ from official import SMALL, fill_by_name
 from torch import Tensor
 
 from minimti.budget import Budget
-from minimti.networks.attention import FEW_SCORES, CrossAttention, SelfAttention, SelfAttentionOverTime
+from minimti.networks.attention import FEW_SCORES, CrossAttention, SelfAttention, SelfAttentionOverTime, num_parts
 from minimti.networks.layers import Conv3x3, ConvOverTime, clips_of, frames_of
 from minimti.networks.unet import UNet
 from minimti.svd import SVD, Conditioning
@@ -37,6 +37,17 @@ def test_cross_attention_is_equation_4(sets, num_tokens, heads, positions):
     assert close(ours, plain)
     weight = torch.randn_like(plain)
     assert close(*(torch.autograd.grad((out * weight).sum(), tokens)[0] for out in (ours, plain)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions, parts", [(2048, 2), (3 * 4096, 8), (2047, 1), (100, 1)])
+def test_positions_that_attend_in_parts_attend_to_the_tokens_of_their_set(positions, parts):
+    layer = CrossAttention(8, 6, head_dim=8).double()
+    x, tokens = torch.randn(2, positions, 8, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
+    rows = zip(layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens))
+    plain = layer.to_out(torch.stack([attention(*row, head_dim=8) for row in rows]))
+    assert num_parts(positions) == parts
+    assert close(layer(x, *layer.keys_values(tokens)), plain)
 
 
 @torch.no_grad()
