@@ -119,25 +119,28 @@ def read(args: argparse.Namespace, config: "SVDConfig") -> "Clip":
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Reads and checks the clip, and draws it: as it is, then three views of it as training augments them."""
+    """Reads and checks the clip, draws it as it is and in three augmented views, and prints what a step will need."""
     import torch
     from torchvision.transforms.v2.functional import resize
 
     from minimti.augment import augment
     from minimti.config import MODELS
     from minimti.io.write import write_strip
-    from minimti.pipeline import automatic, check_device, default_device, find
+    from minimti.pipeline import automatic, check_device, default_device, describe_step, find
 
     path = Path(args.out).with_name(f"{Path(args.out).stem}-strip.png")
     check_writable(path, args.video)
     device = check_device(args.device or default_device())
     model = automatic(device) if args.model in (None, "auto") else args.model
-    clip = read(args, MODELS[model] if model in MODELS else find(model, device).config)
+    config = MODELS[model] if model in MODELS else find(model, device).config
+    clip = read(args, config)
     generator = torch.Generator().manual_seed(args.seed)
     views = [clip.frames, *(augment(clip.frames, generator, not args.no_flip) for _ in range(3))]
     height, width = clip.frames.shape[-2:]
     scale = min(1, STRIP_HEIGHT / height)
     write_strip(path, torch.stack([resize(view, [round(scale * height), round(scale * width)]) for view in views]))
+    dtype = args.dtype and getattr(torch, args.dtype)
+    print(f"memory     {describe_step(config, clip, device, dtype, args.memory)}")
     print(f"strip      {path}: the frames, and below them three views as they are augmented; nothing was learned")
 
 

@@ -14,12 +14,13 @@ from minimti.config import MEMORY_MODES, SVDConfig
 from minimti.io.files import InputError
 
 GIB = 2**30
-TRAIN = {"max": 400_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
+TRAIN = {"max": 310_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
 DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
 # Bytes per pixel, 32 bits, 128 channels: of an image, several images at once in "max"; and of a clip.
 ENCODE = {"max": 19_600, "fast": 2_800, "balanced": 2_800, "low": 2_800}
 DECODE = {"max": 3_600, "fast": 1_150, "balanced": 700, "low": 700}
 DECODERS = {"max": "whole", "fast": "keep", "balanced": "twice", "low": "twice"}
+UNFUSED = 1.3  # times that for "max" without the fused operators (networks/fused.py)
 MARGIN = 1.05  # an allocator needs more than the sum of live tensors
 RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
 LEAST_CHANNELS = 160  # narrower networks need more per channel
@@ -51,10 +52,12 @@ class Budget:
     decoder: str = "twice"  # "whole", or "keep" or "twice" of networks/lowmem_decode.py
     park: bool = True  # networks that wait are moved to the CPU
     needed: float = 0.0  # bytes, estimated; 0: no estimate was made
+    available: int | None = None  # bytes that the process could use; None: unknown
 
     def describe(self) -> str:
-        """One line for people."""
-        return f"{self.memory}, about {self.needed / GIB:.1f} GiB"
+        """One line for people, such as "max, about 43.9 of 78.2 GiB"."""
+        of = "" if self.available is None else f" of {self.available / GIB:.1f}"
+        return f"{self.memory}, about {self.needed / GIB:.1f}{of} GiB"
 
 
 def plan(
@@ -66,7 +69,7 @@ def plan(
     training: bool,
     memory: str = "auto",
     available: int | None,
-    on_cpu: bool,
+    device: str,
 ) -> Budget:
     """The budget of an inversion (`training`) or of a sample.
 
@@ -74,7 +77,7 @@ def plan(
     size       (width, height) in pixels
     memory     "auto": the first of MEMORY_MODES that fits, most memory first; or one of them
     available  bytes that the process can use in all, its own included; None: unknown, then "auto" is "balanced"
-    on_cpu     feed-forwards are cut to fit a CPU's caches, and nothing is parked
+    device     its type: "cuda", "cpu", ...
 
     Raises InputError if not even "low" fits, ValueError for an unknown mode.
     """
@@ -82,7 +85,7 @@ def plan(
         raise ValueError(f"unknown memory mode {memory!r}: auto, {', '.join(MEMORY_MODES)}")
     if memory == "auto" and available is None:
         memory = "balanced"
-    needs = {mode: _needed(svd, config, num_frames, size, mode, training) for mode in MEMORY_MODES}
+    needs = {mode: _needed(svd, config, num_frames, size, mode, training, device) for mode in MEMORY_MODES}
     if memory == "auto":
         assert available is not None
         memory = next((mode for mode in MEMORY_MODES if needs[mode] <= available), "")
@@ -91,11 +94,12 @@ def plan(
                 f"{size[0]}x{size[1]} and {num_frames} frames need about {needs['low'] / GIB:.1f} GiB with the least"
                 f" memory, and {available / GIB:.1f} are free; choose a smaller --size"
             )
-    return replace(budget_of(memory, num_frames, on_cpu), needed=needs[memory])
+    return replace(budget_of(memory, num_frames, device), needed=needs[memory], available=available)
 
 
-def budget_of(memory: str, num_frames: int, on_cpu: bool = False) -> Budget:
-    """The choices of a mode, one of MEMORY_MODES."""
+def budget_of(memory: str, num_frames: int, device: str = "cuda") -> Budget:
+    """The choices of a mode, one of MEMORY_MODES. On a CPU, feed-forwards are cut to fit its caches."""
+    on_cpu = device == "cpu"
     return Budget(
         memory=memory,
         slice_bytes=2**25 if on_cpu else 2**27 if memory == "low" else 2**29,
@@ -107,14 +111,21 @@ def budget_of(memory: str, num_frames: int, on_cpu: bool = False) -> Budget:
 
 
 def _needed(
-    svd: SVDNetworks, config: SVDConfig, num_frames: int, size: tuple[int, int], mode: str, training: bool
+    svd: SVDNetworks,
+    config: SVDConfig,
+    num_frames: int,
+    size: tuple[int, int],
+    mode: str,
+    training: bool,
+    device: str,
 ) -> float:
     """The peak in bytes: of loading, of the UNet and of the VAE, with the networks that are in memory at the time."""
     unet, vae, everything = (sum(p.nbytes for p in part.parameters()) for part in (svd.unet, svd.vae, svd))
     pixels = num_frames * size[0] * size[1]
     cells = pixels / 4 ** (len(config.vae.ch_mult) - 1)
     channels, ch = max(config.unet.model_channels, LEAST_CHANNELS) / 320, config.vae.ch / 128
-    step = MARGIN * cells * _scaled((TRAIN if training else DENOISE)[mode], channels, svd.unet, 2)
+    unfused = UNFUSED if mode == "max" and training and device != "cuda" else 1
+    step = MARGIN * unfused * cells * _scaled((TRAIN if training else DENOISE)[mode], channels, svd.unet, 2)
     coding = MARGIN * _scaled(ENCODE[mode], ch, svd.vae, 4) * size[0] * size[1]
     if not training:
         coding = max(coding, MARGIN * _scaled(DECODE[mode], ch, svd.vae, 4) * pixels)

@@ -46,12 +46,15 @@ def bf16_speedup() -> float:
     return seconds[0] / seconds[1]
 
 
-def describe(dtype: torch.dtype) -> str:
-    """The CPU's name, PyTorch's number of threads and a precision, such as "AMD EPYC, 2 threads, bfloat16"."""
+def describe(dtype: torch.dtype, device: torch.device) -> str:
+    """The processor and a precision, such as "AMD EPYC, 2 threads, bfloat16" with PyTorch's number of threads."""
+    precision = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # another operating system, or a processor without a model name
         name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}, {str(dtype).removeprefix('torch.')}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {precision}"

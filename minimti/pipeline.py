@@ -14,7 +14,7 @@ from minimti.budget import Budget, plan
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
-from minimti.config import NUM_TOKENS, SCHEDULES, MicroConditioning, printable
+from minimti.config import NUM_TOKENS, SCHEDULES, MicroConditioning, SVDConfig, printable
 from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_optimizer, make_recipe, view
 from minimti.io.files import InputError
@@ -59,7 +59,7 @@ def load(
     Raises InputError where there is no such model or device, or the files do not hold exactly the model's tensors.
     """
     device = check_device(device or default_device())
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or default_dtype(device)
     checkpoint = find(model, device) if isinstance(model, str) else model
     try:
         with torch.device("meta"):
@@ -71,6 +71,11 @@ def load(
     load_into(svd, checkpoint, device, dtype, vae_dtype)
     svd.device = device
     return svd
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The precision of UNet and image encoder on a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def compile_unet(unet: UNet) -> None:
@@ -103,8 +108,20 @@ def make_budget(svd: SVD, num_frames: int, size: tuple[int, int], memory: str = 
     memory  "auto", or one of config.MEMORY_MODES
     """
     device = svd.device or next(svd.parameters()).device
-    available, on_cpu = available_memory(device), device.type == "cpu"
-    return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=available, on_cpu=on_cpu)
+    free, kind = available_memory(device), device.type
+    return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=free, device=kind)
+
+
+def describe_step(
+    config: SVDConfig, clip: Clip, device: torch.device, dtype: torch.dtype | None = None, memory: str = "auto"
+) -> str:
+    """What a step of `learn` would need, in one line; no weights are read. Raises as `budget.plan` does."""
+    with torch.device("meta"):
+        svd = SVD(config)
+    svd.unet.to(dtype or default_dtype(device))
+    svd.device = device
+    size = clip.frames.shape[-1], clip.frames.shape[-2]
+    return make_budget(svd, len(clip.frames), size, memory, training=True).describe()
 
 
 def learn(

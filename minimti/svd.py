@@ -198,9 +198,10 @@ class SVD(nn.Module):
             yield x
         if not (ok := torch.stack(finite).cpu()).all():
             step = int(ok.int().argmin())
+            other = "bfloat16" if self.dtype == torch.float16 else "float32"
             raise FloatingPointError(
-                f"step {step + 1} of {num_steps} (sigma {sigmas[step]:.3g}) gave numbers that are not finite; try --dtype"
-                f" {'bfloat16' if self.dtype == torch.float16 else 'float32'}"
+                f"step {step + 1} of {num_steps} (sigma {sigmas[step]:.3g}) gave numbers that are not finite;"
+                f" try --dtype {other}"
             )
 
     def park(self, name: str) -> None:

@@ -28,7 +28,7 @@ FULL = on_meta(SVD_CONFIG)
 
 
 def choose(available: float | None, training: bool = True, memory: str = "auto", **options) -> Budget:
-    where = {"num_frames": 14, "size": (1024, 576), "on_cpu": False} | options
+    where = {"num_frames": 14, "size": (1024, 576), "device": "cuda"} | options
     free = None if available is None else int(available * GIB)
     return plan(FULL, SVD_CONFIG, training=training, memory=memory, available=free, **where)
 
@@ -46,18 +46,18 @@ def counted(step: cases.Step, config: SVDConfig, budget: Budget, dtype: torch.dt
     return (cost.peak_gib - cost.weights_gib) * GIB
 
 
+STEPS = {"train": (cases.TRAIN, True), "denoise": (cases.DENOISE, False), "decode": (cases.DECODE, False)}
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-@pytest.mark.parametrize(
-    "step, training",
-    [(cases.TRAIN, True), (cases.DENOISE, False), (cases.DECODE, False)],
-    ids=["train", "denoise", "decode"],
-)
+@pytest.mark.parametrize("step, training", STEPS.values(), ids=STEPS)
 def test_estimates_are_not_below_the_counts(step, training, memory):
     svd = on_meta(SMALL_VIDEO)
     free = 2**45
     budget = plan(
         svd, SMALL_VIDEO, SMALL_VIDEO.num_frames, SMALL_VIDEO.size,
-        training=training, memory=memory, available=free, on_cpu=False,
+        training=training, memory=memory, available=free, device="cuda",
     )  # fmt: skip
     network = svd.vae if step is cases.DECODE else svd.unet
     peak = counted(step, SMALL_VIDEO, budget, torch.bfloat16) + sum(p.nbytes for p in network.parameters())
@@ -67,7 +67,7 @@ def test_estimates_are_not_below_the_counts(step, training, memory):
 def test_the_embedded_model_fits_its_estimate():
     tiny = MODELS["tiny"]
     svd = on_meta(tiny, torch.float32)
-    budget = plan(svd, tiny, 14, tiny.size, training=True, memory="max", available=None, on_cpu=True)
+    budget = plan(svd, tiny, 14, tiny.size, training=True, memory="max", available=None, device="cpu")
     assert counted(cases.TRAIN, tiny, budget, torch.float32) <= budget.needed
     assert budget.needed < 2 * GIB
 
@@ -94,6 +94,7 @@ def test_what_a_budget_sets():
     assert (most.decoder, most.in_turn, most.park, most.images_per_call) == ("whole", False, False, 7)
     assert (least.decoder, least.in_turn, least.park) == ("twice", True, True)
     assert choose(79, memory="fast").decoder == "keep" and most.slice_bytes > least.slice_bytes
-    on_cpu = choose(79, on_cpu=True)
+    on_cpu = choose(79, device="cpu")
     assert (on_cpu.slice_bytes, on_cpu.images_per_call, on_cpu.park) == (Budget().slice_bytes, 1, False)
-    assert most.describe() == f"max, about {most.needed / GIB:.1f} GiB"
+    assert most.describe() == f"max, about {most.needed / GIB:.1f} of 79.0 GiB"
+    assert choose(None).describe() == f"balanced, about {choose(None).needed / GIB:.1f} GiB"

@@ -123,6 +123,7 @@ def test_a_dry_run_draws_the_frames_and_learns_nothing(work, call, monkeypatch):
     args = ("ref.mp4", "--dry-run", "--out", "dry.pt", "--frames", "3")
     code, out, error = call("train.py", *args, "--model", "tiny")
     assert code == 0 and "0.00 to 0.29 s of 2.0 s, 10 fps" in out and "dry-strip.png" in out, error
+    assert "memory     max, about " in out
     assert not (work / "dry.pt").exists()
     drawn = torch.from_numpy(np.array(Image.open(work / "dry-strip.png"))).permute(2, 0, 1)  # [3, H, W]
     assert drawn.shape == (3, 4 * 64, 3 * 64)
@@ -204,7 +205,9 @@ def reached(monkeypatch):
 def test_the_defaults_of_training_are_the_models_recipe(work, call, reached):
     assert "reached" in call("train.py", "ref.mp4", *SMALL_FILE, "--out", "none.pt")[2]
     assert reached["recipe"] == make_recipe(MODELS["svd"], "paper")
-    assert reached["num_tokens"] == 5 and reached["flip"] and not reached["shared"] and reached["memory"] == "auto"
+    assert (
+        reached["num_tokens"] == 5 and reached["flip"] and not reached["shared"] and reached["memory"].memory == "max"
+    )
     assert reached["seed"] == 0 and reached["release"]
     call("train.py", "ref.mp4", "--model", "tiny", "--out", "none.pt")
     assert reached["recipe"] == make_recipe(MODELS["tiny"], "muon")
@@ -216,7 +219,7 @@ def test_every_option_of_training_reaches_the_pipeline(work, call, reached):
     recipe = make_recipe(MODELS["svd"], "muon")
     assert reached["recipe"] == replace(recipe, steps=7, lr=0.3, p_mean=1.0, p_std=2.0, num_cached_views=3)
     assert reached["num_tokens"] == 2 and reached["shared"] and not reached["flip"]
-    assert reached["memory"] == "low" and reached["seed"] == 9
+    assert reached["memory"].memory == "low" and reached["seed"] == 9
 
 
 def test_every_option_of_sampling_reaches_the_pipeline(work, call, reached):

@@ -13,6 +13,7 @@ from minimti import invert as module
 from minimti.config import MODELS
 from minimti.invert import OPTIMIZERS, Recipe, draw, invert, loss_and_gradient, make_recipe, view
 from minimti.motion import Motion
+from minimti.svd import SVD
 
 F, N, D = MINI.num_frames, 5, MINI.unet.context_dim
 ADAM = Recipe("adam", False, False, steps=1, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=0)
@@ -316,3 +317,23 @@ def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, monkeypatch,
         results.append(copy.tokens)
         assert losses == list(range(7))
     assert all(torch.equal(results[0], tokens) for tokens in results[1:])
+
+
+def test_fp16_halves_the_scale_and_repeats_a_step_that_overflows(mini_svd, motion, clip, monkeypatch):
+    """The scale stays halved; a step that overflows at any scale is a fault as in other precisions."""
+    constant, scales = view(mini_svd, clip, motion, False, 0), []
+
+    def planted(svd, motion, view, sigma, n, scale):
+        scales.append(scale.item())
+        overflows = scale > greatest
+        return torch.tensor(0.5), torch.full_like(motion.tokens, torch.inf if overflows else 1.0)
+
+    monkeypatch.setattr(module, "loss_and_gradient", planted)
+    monkeypatch.setattr(SVD, "dtype", torch.float16)
+    first, greatest = constant[0].numel(), constant[0].numel() / 4
+    assert list(invert(mini_svd, lambda _: constant, motion, replace(ADAM, steps=2))) == [0.5, 0.5]
+    assert scales == [first, first / 2, first / 4, first / 4] and motion.tokens.isfinite().all()
+    greatest, motion.steps = 0.0, 0
+    with pytest.raises(FloatingPointError, match="step 1 .*not finite"):
+        list(invert(mini_svd, lambda _: constant, motion, replace(ADAM, steps=2)))
+    assert min(scales) <= module.MIN_SCALE

@@ -33,7 +33,7 @@ FITS = 0.9  # the share of a card's memory that two libraries by turns may take
 
 # Seconds that an item takes, from the runs on an H100 and on 2 CPU cores: for the order and the budget.
 RANKS = {"graph": 0, "eager": 0, "channels_last": 1, "by_turns": 2, "compiled": 3}
-BY_TURNS = ("denoise", "train_balanced", "train_fast", "encode", "decode")  # the precisions that are the defaults
+BY_TURNS = ("denoise", "train_balanced", "train_max", "encode", "decode")  # the precisions that are the defaults
 ALONE_S = {"graph": 10.0, "eager": 10.0, "channels_last": 10.0, "compiled": 80.0}
 DIFFUSERS_COMPILED_S = 150.0
 BY_TURNS_S = 25.0

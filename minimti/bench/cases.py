@@ -13,6 +13,7 @@ from minimti.budget import Budget, budget_of
 from minimti.checkpoint.load import fill as fill_module
 from minimti.checkpoint.load import memory_format
 from minimti.config import MEMORY_MODES, NUM_TOKENS, SVDConfig
+from minimti.networks.graph import record
 from minimti.pipeline import compile_unet
 from minimti.svd import GUIDANCE, SVD, Conditioning
 
@@ -258,17 +259,7 @@ def graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     Every call returns the same tensor, with new values. Raises RuntimeError where the step cannot be recorded.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # the recording has memory of its own, and takes nothing from what the warm-up left
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+    graph, result = record(step)
 
     def replay() -> Tensor:
         graph.replay()

@@ -14,6 +14,7 @@ from minimti.bench.cases import LIBRARIES, Case, Library, Model, build, fill, in
 from minimti.bench.cost import Cost, estimate_cost
 from minimti.bench.reference import Diffusers
 from minimti.invert import Recipe
+from minimti.networks import fused
 from minimti.svd import SVD
 
 CostPair = tuple[Cost, Cost | None]  # ours, diffusers' (None where the case does without)
@@ -23,13 +24,14 @@ Build = Callable[[Library, Case, str], Model]
 
 
 def estimate(case: Case) -> CostPair:
-    """The cost of one step of the case."""
+    """The cost of one step of the case, ours with the fused operators of a GPU."""
     return _estimate(SVD, case), _estimate(Diffusers, case) if case.compared else None
 
 
 def _estimate(library: Library, case: Case) -> Cost:
     model = skeleton(library, case)
-    return estimate_cost(lambda: (fill(model, case, "cpu"), *inputs(case, "cpu")), case.step.run)
+    with fused.forced(True):
+        return estimate_cost(lambda: (fill(model, case, "cpu"), *inputs(case, "cpu")), case.step.run)
 
 
 def encoding_per_step(encode: Cost, recipe: Recipe, num_frames: int) -> Cost:

@@ -28,7 +28,7 @@ from minimti.io.write import write_clip, write_strip
 from minimti.svd import SVD
 
 ROOT = Path(minimti.__file__).resolve().parents[1]  # the checkout: a wheel has neither program
-BAR = re.compile(r"([^\r\n:|]+):\s+\d+%\|[^|\r\n]*\|\s+(\d+)/(\d+) \[")
+BAR = re.compile(r"([^\r\n:|]+):\s+(?:\d+%\|[^|\r\n]*\|\s+)?(\d+)/(\d+) \[")  # of a bar, or of a line of a log
 
 
 def find_programs() -> None:

@@ -136,10 +136,10 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 label = f" {line.case.removeprefix(step).lstrip('_')} {line.form}"
                 axes.annotate(label, point, fontsize=8, verticalalignment="center")
         axes.set(title=f"{step} step", xlabel="GiB reserved", ylabel="seconds")
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.25)
-        axes.legend()
+        drawn = [line for line in lines if line.case.startswith(step)]
+        axes.set_xlim(0, 1.4 * max([line.reserved_gib or 0.0 for line in drawn] + [1.0]))  # room for labels
+        axes.set_ylim(0, 1.1 * max([line.seconds for line in drawn] + [0.01]))
+        axes.legend(loc="lower right")
     with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)
 

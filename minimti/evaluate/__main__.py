@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="for the pictures of each seed (default: %(default)s)",
     )
+    add("--device", default="cpu", help="cuda, cpu, ...; results differ by rounding (default: %(default)s)")
     add("--json", metavar="FILE", help="for all numbers; if it exists, experiments that it holds are not run again")
     return parser.parse_args()
 
@@ -53,7 +54,8 @@ def main() -> None:
     words = captions.load(checkpoint.path.with_name("words.safetensors"))
     if words.word.weight.shape[1] != checkpoint.config.unet.context_dim:
         raise InputError(f"{checkpoint.path}: does not fit words.safetensors in its folder; they have another width")
-    svd = pipeline.load(checkpoint, device="cpu")
+    svd = pipeline.load(checkpoint, device=args.device)
+    words.to(args.device)
     settings = Settings(motions=args.motions, targets=args.targets, steps=args.steps)
     determinants = {**asdict(settings), "recipe": asdict(make_recipe(svd.config))}
     results = Results(Path(args.json) if args.json else None, determinants, fingerprint(svd.unet))

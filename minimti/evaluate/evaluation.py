@@ -131,7 +131,7 @@ def body_colour(clip: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 class Evaluation:
-    """A model, the motions of one seed, and what several experiments do with them. Runs on the CPU.
+    """A model, the motions of one seed, and what several experiments do with them, on the device of the model.
 
     All random numbers follow from `seed`: the motions, the inversions, and the noise of the i-th target (seed + i).
     """
@@ -150,6 +150,10 @@ class Evaluation:
         """A generator for the purpose that `numbers` stand for."""
         return np.random.default_rng((self.seed, *numbers))
 
+    def pixels(self, frames: np.ndarray) -> Tensor:
+        """uint8 [..., 3, H, W] -> fp32 in [-1,1], on the device of the model."""
+        return pixels(frames).to(self.svd.device)
+
     # ------------------------------------------------------------------------------------------ embeddings
 
     def caption(self, scene: Scene) -> Motion:
@@ -160,12 +164,12 @@ class Evaluation:
     @torch.no_grad()
     def image_embedding(self, scene: Scene) -> Motion:
         """The embedding of a scene's first frame, on which plain image-to-video conditions; one set, one token."""
-        return self._as_motion(self.svd.embed(pixels(first_frame(scene))[None])[None])  # [1, 1, d]
+        return self._as_motion(self.svd.embed(self.pixels(first_frame(scene))[None])[None])  # [1, 1, d]
 
     @torch.no_grad()
     def frame_embeddings(self, scene: Scene) -> Motion:
         """The image embedding of every frame of a scene, their mean as temporal token: an inversion's start in B.2."""
-        embeddings = self.svd.embed(pixels(render(scene)))  # [F, d]
+        embeddings = self.svd.embed(self.pixels(render(scene)))  # [F, d]
         return self._as_motion(torch.cat([embeddings, embeddings.mean(0, keepdim=True)])[:, None])  # [F + 1, 1, d]
 
     def _as_motion(self, tokens: Tensor) -> Motion:
@@ -265,11 +269,11 @@ class Evaluation:
         the motion, the lower its loss, even where the model is too weak to draw it.
         """
         config, noise = self.config, torch.Generator().manual_seed(self.seed + index)
-        clip = pixels(render(scene))[None]  # [1, F, 3, H, W]
+        clip = self.pixels(render(scene))[None]  # [1, F, 3, H, W]
         tokens = motion.sets if motion else self.svd.tokens_of(clip[:, 0], config.num_frames)
         network = self.svd.network(self.svd.prepare(clip[:, 0], tokens, config.micro, noise))
         x0, levels, losses = self.svd.encode(clip), self.settings.noise_levels, []
         for quantile in (torch.arange(levels) + 0.5) / levels:
             sigma = edm.training_sigma(quantile[None], config.p_mean, config.p_std, config.sigma_max)
-            losses.append(edm.loss(network, x0, sigma, torch.randn(x0.shape, generator=noise)))
+            losses.append(edm.loss(network, x0, sigma.to(x0), torch.randn(x0.shape, generator=noise).to(x0)))
         return torch.stack(losses).mean().item()

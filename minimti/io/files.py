@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ def require_file(path: str | Path) -> Path:
     """The path of an existing file. Raises InputError where there is none, or it cannot be opened for reading."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for a writer
-            raise InputError(f"{path}: is not a regular file")
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for a writer
+            raise InputError(f"{path}: is a pipe, not a file")
         with open(path, "rb"):
             return path
     except FileNotFoundError as error:

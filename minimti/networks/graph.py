@@ -6,11 +6,13 @@ to run them. A replay launches all of them at once.
 
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
+Result = TypeVar("Result")
 
 
 class Graphed:
@@ -39,20 +41,26 @@ class Graphed:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in inputs)
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # kernels are chosen and compiled before the recording
-            for _ in range(2):
-                self.function(*self.inputs)
-        current.wait_stream(side)
-        torch.cuda.empty_cache()  # the graph has memory of its own
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.outputs = self.function(*self.inputs)
-            self.graph = graph
+            self.graph, self.outputs = record(lambda: self.function(*self.inputs))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             reason = str(error).splitlines()[0]
             warnings.warn(f"the step cannot be recorded as a CUDA graph and runs without ({reason})", stacklevel=4)
+
+
+def record(step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """The CUDA graph of a step, and what every replay fills anew. Raises RuntimeError where that is not possible."""
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):  # kernels are chosen and compiled before the recording
+        for _ in range(2):
+            step()
+    current.wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the graph has memory of its own, and takes nothing from what the warm-up left
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result

@@ -87,7 +87,7 @@ def _call(part: Callable[..., Tensor], mode: str | None, *inputs: Any) -> Tensor
 @functools.cache
 def _compiled_call() -> Callable[..., Tensor]:
     """`_call`, compiled for each part and shape. A checkpoint around a compiled function would not be compiled."""
-    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.cache_size_limit = 256  # the transformers; since PyTorch 2.7 also called recompile_limit
     return torch.compile(_call, fullgraph=True, dynamic=False)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minimti import cli
+from minimti import cli, pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.config import MODELS
 from minimti.pretrain.run import DEFAULT, pretrain
@@ -34,13 +34,15 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help=f"any of {', '.join(NAMES)} (default: all); without the first, the model in --out is trained further",
     )
+    add("--device", default="cpu", help="cuda, cpu, ...; a run can go on on another one (default: %(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the command line."""
     args = parse()
-    pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale, args.stages)
+    device = pipeline.check_device(args.device)
+    pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale, args.stages, device=device)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from minimti.world.scene import WORDS, Scene, render
 STATE = ("stage", "step", "history", "ema", "optimisers")  # fields of Run in its checkpoint
 OPTIMISER_STATES = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, in `make_optimisers`' order
 COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # of a row of the card
+CPU = torch.device("cpu")
 ENCODED, HELD_OUT = 10**6, 2 * 10**6  # take the place of a stage's number in the seeds of other generators
 
 
@@ -87,9 +88,10 @@ def generator(*numbers: int) -> np.random.Generator:
     return np.random.default_rng(numbers)
 
 
-def faster_dtype() -> torch.dtype:
-    """bf16 if this machine multiplies matrices faster in it, else fp32."""
-    return torch.bfloat16 if hardware.bf16_speedup() > 1.3 else torch.float32
+def faster_dtype(device: torch.device) -> torch.dtype:
+    """bf16 if the device multiplies matrices faster in it, else fp32."""
+    faster = device.type == "cuda" or (device.type == "cpu" and hardware.bf16_speedup() > 1.3)
+    return torch.bfloat16 if faster else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------- the state of a run
@@ -105,6 +107,7 @@ class Run:
     seed: int
     scale: float
     model: PretrainModel
+    device: torch.device
     dtype: torch.dtype
     stages: tuple[Stage, ...]  # those that the run goes through
     stage: int = 0
@@ -145,7 +148,7 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """The context of all passes through the networks."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of the current stage, by name; all others are frozen."""
@@ -170,15 +173,17 @@ def begin(
     scale: float,
     names: Sequence[str] | None = None,
     settings: PretrainSettings = DEFAULT,
+    device: torch.device = CPU,
 ) -> Run:
-    """The run in `folder` as it was saved, or a new one.
+    """The run in `folder` as it was saved on any device, or a new one.
 
     A new run starts from the model in `out` if `names` lacks the first stage. Raises InputError if `folder` holds
     another run, or `out` no model of these sizes.
     """
     torch.manual_seed(seed)
     stages = tuple(stage for stage in settings.stages if names is None or stage.name in names)
-    run = Run(config, settings, folder, seed, scale, PretrainModel(config), faster_dtype(), stages)
+    model = PretrainModel(config).to(device)
+    run = Run(config, settings, folder, seed, scale, model, device, faster_dtype(device), stages)
     if not run.path.exists():
         if stages[0] != settings.stages[0]:
             take_up(run, out)
@@ -242,7 +247,7 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     if run.step == 0:  # averages and optimisers begin with the stage
         return
     trainable = run.trainable()
-    run.ema = {name: dense(run.ema[name], p.shape) for name, p in trainable.items()}
+    run.ema = {name: dense(run.ema[name], p.shape).to(p.device) for name, p in trainable.items()}
     optimisers = make_optimisers(trainable, run.settings)
     require(len(run.optimisers) == len(optimisers), "optimisers")
     for optimiser, kept, names in zip(optimisers, run.optimisers, OPTIMISER_STATES):
@@ -346,7 +351,7 @@ def train(run: Run, check: Callable[[], None]) -> None:
         run.records.append(Record())
     record = run.records[run.stage]
     number, steps, trainable = settings.stages.index(stage), run.steps(stage), run.trainable()
-    if (machine := hardware.describe(run.dtype)) not in record.hardware:
+    if (machine := hardware.describe(run.dtype, run.device)) not in record.hardware:
         record.hardware.append(machine)
     clips = {kind: encoded_clips(run, kind, check) for kind in stage.clips}
     optimisers = make_optimisers(trainable, settings)
@@ -412,7 +417,7 @@ def finish_autoencoder(run: Run) -> None:
     """Measure the reconstruction of held-out clips and draw some; first, after "frames", normalise the latents."""
     svd, name, settings = run.model.svd, run.stages[run.stage].name, run.settings
     scenes = held_out(run, "captions", settings.measured + settings.normalised)
-    clips = torch.stack([pixels(render(scene)) for scene in scenes])
+    clips = torch.stack([pixels(render(scene)) for scene in scenes]).to(run.device)  # [n, F, 3, H, W]
     if name == "frames":
         with run.autocast():
             frames = clips[settings.measured :, ::4].flatten(0, 1)  # [(clips F/4), 3, H, W]
@@ -430,7 +435,7 @@ def show_samples(run: Run) -> None:
     """Draw held-out clips, each above a sample that is given its first frame and its caption (or its embedding)."""
     svd, config, name = run.model.svd, run.config, run.stages[run.stage].name
     scenes = held_out(run, "habits" if name == "images" else "captions", run.settings.shown)
-    clips = torch.stack([pixels(render(scene)) for scene in scenes])
+    clips = torch.stack([pixels(render(scene)) for scene in scenes]).to(run.device)  # [n, F, 3, H, W]
     noise = torch.Generator().manual_seed(run.seed)
     with run.autocast():
         if name == "images":
@@ -438,7 +443,7 @@ def show_samples(run: Run) -> None:
         else:
             tokens = captions.caption_tokens(run.model.words, [s.program for s in scenes], config.num_frames)
         cond = svd.prepare(clips[:, 0], tokens, config.micro, noise)
-        n = gaussian(generator(run.seed, HELD_OUT), tuple(cond.concat.shape))
+        n = gaussian(generator(run.seed, HELD_OUT), cond.concat)
         *_, x = svd.sample(cond, n, config.num_steps, run.settings.shown_guidance)
         out = svd.decode(x)
     pairs = torch.stack([clips, out], dim=1)
@@ -460,7 +465,7 @@ def write_model(run: Run, out: Path) -> None:
     values = svd.state_dict()
     for key, source in sources(svd, official_source, run.config).items():
         (name,) = source.names
-        tensors[name] = values[key].reshape(source.shape).half().contiguous()
+        tensors[name] = values[key].reshape(source.shape).half().contiguous().cpu()
     with atomic_write(out / f"{run.config.name}.safetensors") as part:
         save_file(tensors, part, {"config": to_json(run.config), "stages": json.dumps(run.rows)})
     captions.save(run.model.words, out / "words.safetensors")
@@ -476,6 +481,7 @@ def pretrain(
     scale: float,
     names: Sequence[str] | None = None,
     settings: PretrainSettings = DEFAULT,
+    device: torch.device = CPU,
 ) -> Run:
     """Go through the stages `names` (default: all) that the run in `folder` has not done; write the model to `out`.
 
@@ -487,7 +493,7 @@ def pretrain(
     for place in (folder, out):
         make_folder(place)
         check_writable(place / "checkpoint.pt")
-    run = begin(config, folder, out, seed, scale, names, settings)
+    run = begin(config, folder, out, seed, scale, names, settings, device)
     with signals.held() as check:
         while run.stage < len(run.stages):
             name = run.stages[run.stage].name

@@ -57,6 +57,11 @@ class PretrainModel(nn.Module):
         for p in self.svd.parameters():
             p.data = p.data.contiguous(memory_format=memory_format(p))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.words.word.weight.device
+
 
 def initialise(svd: SVD) -> None:
     """Initialise what PyTorch's defaults do not suit.
@@ -89,14 +94,17 @@ def initialise(svd: SVD) -> None:
 # ---------------------------------------------------------------------------------------------- data
 
 
-def gaussian(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Unit normal noise in fp32."""
-    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+def gaussian(rng: np.random.Generator, like: Tensor) -> Tensor:
+    """Unit normal noise in fp32, of the shape and on the device of a tensor; the same on every device."""
+    return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype=np.float32)).to(like.device)
 
 
 @dataclass(frozen=True)
 class EncodedClips:
-    """Clips of one of SCENES' kinds, encoded ahead because the encoder costs as much as a UNet step; floats in fp16."""
+    """Clips of one of SCENES' kinds, encoded ahead because the encoder costs as much as a UNet step.
+
+    Floats are in fp16, and all of it is on the CPU.
+    """
 
     latents: Tensor  # [n, F, z, h, w], scaled
     image: Tensor  # [n, z, h, w], raw latent of the noisy first frame (see `SVD.prepare`)
@@ -113,9 +121,9 @@ def encode_scenes(model: PretrainModel, kind: str, rng: np.random.Generator, num
     parts = []
     for _ in range(num_scenes):
         scene = SCENES[kind](rng, config)
-        frames = pixels(render(scene))
+        frames = pixels(render(scene)).to(model.device)
         both = torch.stack([frames, frames.flip(-1)])  # [2, F, 3, H, W]
-        image = both[:, 0] + config.micro.cond_aug * gaussian(rng, tuple(both[:, 0].shape))
+        image = both[:, 0] + config.micro.cond_aug * gaussian(rng, both[:, 0])
         with torch.no_grad():
             pictures = torch.cat([both.flatten(0, 1), image])  # [2 F + 2, 3, H, W]
             raw = svd.vae.moments(pictures).chunk(2, dim=1)[0].float()
@@ -124,7 +132,7 @@ def encode_scenes(model: PretrainModel, kind: str, rng: np.random.Generator, num
         parts.append((latents, raw[-2:], embedding, word_ids([scene.program] * 2)))
     latents, image, embedding, ids = (torch.cat(tensors) for tensors in zip(*parts))
     # Converted last: torch.cat fails on fp16 tensors under the CPU's autocast to bf16.
-    return EncodedClips(latents.half(), image.half(), embedding.half(), ids)
+    return EncodedClips(latents.half().cpu(), image.half().cpu(), embedding.half().cpu(), ids)
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder
@@ -188,11 +196,11 @@ def frames_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.
     for _ in range(batch // 2):
         scene = captioned_scene(rng, model.config)
         frames.append(render(scene)[rng.choice(scene.num_frames, 2, replace=False)])
-    still, moving = pixels(np.concatenate(frames)).chunk(2)
-    maps = random_maps(rng, len(moving))
+    still, moving = pixels(np.concatenate(frames)).to(model.device).chunk(2)
+    maps = random_maps(rng, len(moving)).to(model.device)
     moved = mapped(moving, maps)
     mean, log_variance = posterior(vae, torch.cat([still, moving, moved]))
-    z_still, z_moving, _ = (mean + (log_variance / 2).exp() * gaussian(rng, tuple(mean.shape))).chunk(3)
+    z_still, z_moving, _ = (mean + (log_variance / 2).exp() * gaussian(rng, mean)).chunk(3)
     out = decode_frames(vae.decoder, torch.cat([z_still, mapped(z_moving, maps)])).float()
     _, before, after = mean.chunk(3)
     equivariance_error = (after - mapped(before, maps)).square().mean((0, 2, 3)) / mean.var((0, 2, 3))
@@ -210,11 +218,11 @@ def clips_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.r
     for _ in range(batch):
         start = int(rng.integers(model.config.num_frames - length + 1))
         clips.append(render(captioned_scene(rng, model.config))[start : start + length])
-    frames = pixels(np.stack(clips))  # [batch, length, 3, H, W]
+    frames = pixels(np.stack(clips)).to(model.device)  # [batch, length, 3, H, W]
     with torch.no_grad():
         mean, _ = posterior(vae, frames.flatten(0, 1))  # [(batch length), z, h, w]
     noise = rng.uniform(0, MAX_LATENT_NOISE) / vae.config.scale_factor
-    out = vae.decoder(mean + noise * gaussian(rng, tuple(mean.shape)), length).float()
+    out = vae.decoder(mean + noise * gaussian(rng, mean), length).float()
     return picture_loss(out.unflatten(0, (-1, length)), frames, (-1, -2, 1))  # [batch, length, 3, H, W]
 
 
@@ -295,7 +303,7 @@ def tower_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.r
 
     A third term gives the elements of the embedding mean 0 and deviation 1, like those of the caption embedding.
     """
-    images, shapes, truth = tower_batch(rng, model.config, batch)
+    images, shapes, truth = (t.to(model.device) for t in tower_batch(rng, model.config, batch))
     embedding = model.svd.image_encoder(image_encoder.preprocess(images, model.config.image_encoder.image_size)).float()
     logits, predicted = model.heads(embedding).float().split([len(SHAPES), NUM_FACTS], dim=1)
     unit = embedding.mean(0).square().mean() + (embedding.std(0) - 1).square().mean()
@@ -313,23 +321,24 @@ def denoising_loss(
     All frames and the temporal set have the same tokens. Image and tokens are dropped (zeroed) at random. The noise
     levels of a batch are stratified: one in each of B equally likely intervals.
     """
-    config, latents = model.config, clips.latents[pick].float()
+    config, device = model.config, model.device
+    latents = clips.latents[pick].float().to(device)
     batch, num_frames = latents.shape[:2]
     neither = rng.random(batch) < DROP_BOTH
-    with_image = torch.from_numpy((rng.random(batch) >= DROP_IMAGE) & ~neither)
-    with_tokens = torch.from_numpy((rng.random(batch) >= DROP_TOKENS) & ~neither)
+    with_image = torch.from_numpy((rng.random(batch) >= DROP_IMAGE) & ~neither).to(device)
+    with_tokens = torch.from_numpy((rng.random(batch) >= DROP_TOKENS) & ~neither).to(device)
     tokens = tokens.float() * with_tokens[:, None, None]
-    image = clips.image[pick].float() * with_image[:, None, None, None]
-    micro = torch.tensor([config.micro.fps_id, config.micro.motion_bucket_id, config.micro.cond_aug])
+    image = clips.image[pick].float().to(device) * with_image[:, None, None, None]
+    micro = torch.tensor([config.micro.fps_id, config.micro.motion_bucket_id, config.micro.cond_aug], device=device)
     cond = Conditioning(
         concat=image[:, None].expand(-1, num_frames, -1, -1, -1),
         micro=micro.expand(batch, -1),
         spatial=tokens[:, None].expand(-1, num_frames, -1, -1),
         temporal=tokens,
     )
-    quantiles = torch.from_numpy((rng.random() + np.arange(batch) / batch) % 1)
+    quantiles = torch.from_numpy((rng.random() + np.arange(batch) / batch) % 1).to(device)
     sigma = edm.training_sigma(quantiles, P_MEAN, P_STD, config.sigma_max)
-    return edm.loss(model.svd.network(cond), latents, sigma, gaussian(rng, tuple(latents.shape)))
+    return edm.loss(model.svd.network(cond), latents, sigma, gaussian(rng, latents))
 
 
 def captions_loss(
@@ -338,7 +347,7 @@ def captions_loss(
     """Denoising of `batch` clips given the tokens of their captions: text (and, unless dropped, image) to video."""
     clips = encoded["captions"]
     pick = rng.integers(len(clips.words), size=batch)
-    return denoising_loss(model, clips, pick, model.words(clips.words[pick]), rng)
+    return denoising_loss(model, clips, pick, model.words(clips.words[pick].to(model.device)), rng)
 
 
 def images_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.random.Generator, batch: int) -> Tensor:
@@ -347,7 +356,7 @@ def images_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.
         return captions_loss(model, encoded, rng, batch)
     clips = encoded["habits"]
     pick = rng.integers(len(clips.words), size=batch)
-    return denoising_loss(model, clips, pick, clips.embedding[pick, None], rng)
+    return denoising_loss(model, clips, pick, clips.embedding[pick, None].to(model.device), rng)
 
 
 # ---------------------------------------------------------------------------------------------- the course

@@ -44,7 +44,7 @@ def caption_tokens(words: CaptionEmbedding, programs: Sequence[Program], num_fra
 
     Every frame has the same tokens, and so has the temporal set. Raises ValueError as `word_ids` does.
     """
-    temporal = words(word_ids(programs))
+    temporal = words(word_ids(programs).to(words.word.weight.device))
     return temporal[:, None].expand(-1, num_frames, -1, -1), temporal
 
 

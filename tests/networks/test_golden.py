@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minimti import edm
 from minimti.config import MODELS, SVDConfig, UNetConfig
-from minimti.networks import image_encoder
+from minimti.networks import fused, image_encoder
 from minimti.networks.layers import sinusoid
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
@@ -120,6 +120,14 @@ def test_vae(path):
         if "decoded" + suffix in golden:
             decoded = vae.decoder(golden["latents"].to(dtype), num_frames=len(golden["latents"]))
             agree(f"{path.stem} decoder {dtype}", decoded, golden["decoded" + suffix], tolerance)
+
+
+@pytest.mark.full
+def test_the_unet_through_the_fused_operators():
+    """In Triton's interpreter, which takes minutes; on a GPU see tests/test_on_cuda.py."""
+    pytest.importorskip("triton")
+    with fused.forced(True):
+        check_unet(FOLDER / "unet_plain.safetensors", torch.float32, "output", FP32)
 
 
 @pytest.mark.parametrize("path", files("clip"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official import SMALLER, TINY
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimti.muon import is_matrix
 from minimti.networks.vae import VAE
@@ -36,7 +37,7 @@ def encode_with_pixels(kind: str, num_scenes: int) -> EncodedClips:
     config.micro = SimpleNamespace(cond_aug=0.02)
     vae = SimpleNamespace(moments=lambda x: torch.cat([x, torch.zeros_like(x)], dim=1))
     svd = SimpleNamespace(vae=vae, embed=lambda images: images.flatten(1))
-    return stages.encode_scenes(SimpleNamespace(svd=svd, config=config), kind, rng(), num_scenes)
+    return stages.encode_scenes(SimpleNamespace(device="cpu", svd=svd, config=config), kind, rng(), num_scenes)
 
 
 @pytest.mark.parametrize("kind", ["captions", "habits"])
@@ -84,10 +85,12 @@ def autoencoder(moments, decode) -> SimpleNamespace:
         conv_in=lambda z: z,
         mid_block=SimpleNamespace(resnets=[same, same], attentions=[lambda x: x]),
         up_blocks=[],
-        conv_norm_out=lambda x: x + 100,  # far from 0, SiLU is the identity
+        conv_norm_out=lambda x, silu: x + 100,  # far from 0, SiLU is the identity
         conv_out=lambda x: decode(x - 100),
     )
-    return SimpleNamespace(svd=SimpleNamespace(vae=SimpleNamespace(moments=moments, decoder=decoder)), config=SMALLER)
+    return SimpleNamespace(
+        device="cpu", svd=SimpleNamespace(vae=SimpleNamespace(moments=moments, decoder=decoder)), config=SMALLER
+    )
 
 
 def moments_of(mean, log_variance: float):
@@ -142,7 +145,7 @@ def test_the_decoder_is_trained_on_half_a_clip_with_noise_of_many_levels():
         return z
 
     vae = SimpleNamespace(moments=moments, decoder=decode, config=SMALL)
-    model = SimpleNamespace(svd=SimpleNamespace(vae=vae), config=TINY)
+    model = SimpleNamespace(device="cpu", svd=SimpleNamespace(vae=vae), config=TINY)
     levels = []
     for seed in range(30):
         loss = stages.clips_loss(model, {}, rng(seed), 2).item()
@@ -251,7 +254,9 @@ def test_the_loss_with_perfect_heads_is_that_of_the_embeddings_scale():
 
     def model(shapes, facts, embedding):
         heads = lambda _: torch.cat([30 * F.one_hot(shapes, len(SHAPES)), facts], dim=1)  # noqa: E731
-        return SimpleNamespace(svd=SimpleNamespace(image_encoder=lambda _: embedding), heads=heads, config=SMALLER)
+        return SimpleNamespace(
+            device="cpu", svd=SimpleNamespace(image_encoder=lambda _: embedding), heads=heads, config=SMALLER
+        )
 
     def loss(*parts) -> float:
         return stages.tower_loss(model(*parts), {}, rng(), 8).item()
@@ -271,7 +276,7 @@ class Recorder:
     """A model for the diffusion losses whose network returns zeros and records its inputs."""
 
     def __init__(self):
-        self.config = SMALLER
+        self.config, self.device = SMALLER, "cpu"
         self.svd = SimpleNamespace(network=self.network)
         self.conds, self.inputs = [], []
 
@@ -456,3 +461,17 @@ def test_layers_over_time_start_as_identities():
     z = torch.randn(4, SMALLER.vae.z_channels, 6, 6)
     with torch.no_grad():
         assert torch.allclose(svd.vae.decoder(z, 4), stages.decode_frames(svd.vae.decoder, z), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", stages.STAGES, ids=lambda stage: stage.name)
+def test_every_loss_runs_on_the_device_of_the_model(stage):
+    """On fake tensors of a GPU, where an operator on tensors of two devices is an error, as on a real one."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = stages.PretrainModel(SMALLER)
+        for module in model.modules():  # Module.to cannot move parameters to a GPU that is not there
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
+        clips = {kind: stages.encode_scenes(model, kind, rng(), 1) for kind in stage.clips}
+        assert all(tensor.device.type == "cpu" for made in clips.values() for tensor in vars(made).values())
+        for _ in range(3 if stage.name == "images" else 1):  # its steps are of two kinds
+            assert stage.loss(model, clips, rng(), 2).device.type == "cuda"
