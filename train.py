@@ -186,7 +186,7 @@ def main() -> None:
         size = clip.frames.shape[-1], clip.frames.shape[-2]
         budget = make_budget(svd, len(clip.frames), size, args.memory, training=True)
         print(f"memory     {budget.describe()}")
-        facts = {"command": command(), "clip": clip.source, "times": clip.about(), "memory": budget.describe()}
+        facts = {"command": command(), "clip": clip.source, "times": clip.about(), "memory": budget.memory}
         facts |= {"weights": str(checkpoint.path), "revision": checkpoint.revision or "", "torch": torch.__version__}
 
         with signals.held() as check:  # it waits for the end of a step, and for files to be whole

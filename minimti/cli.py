@@ -4,12 +4,14 @@ Nothing here imports PyTorch, which takes seconds: `--help` and a misspelt optio
 """
 
 import argparse
+import atexit
 import os
 import re
 import signal
 import sys
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -17,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minimti import __version__, signals
-from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS
+from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS, printable
 from minimti.io.files import InputError
 
 if TYPE_CHECKING:
@@ -146,7 +148,11 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torc
     svd = pipeline.load(checkpoint, device=device, dtype=dtype, vae_dtype=getattr(torch, args.vae_dtype))
     if args.compile:
         pipeline.compile_unet(svd.unet)
+    _loaded.append(weakref.ref(svd))
     return svd
+
+
+_loaded: deque["weakref.ref[SVD]"] = deque(maxlen=1)  # the last model: its budget says what to try when memory runs out
 
 
 class Bars:
@@ -236,6 +242,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     What the program prints needs no reader: it goes on when a pipe is closed.
     """
+    # As it ends, Python gives signals their defaults back, which kill without a line. What is ignored stays ignored.
+    atexit.register(signals.ignore)
     with _lasting_output():
         sys.exit(_exit_code(main))
 
@@ -248,10 +256,12 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _print_line("error", str(error))
         return 2
-    except (FloatingPointError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = _is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not out_of_memory:
             raise
-        _print_line("error", (str(error) or type(error).__name__).splitlines()[0])
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        _print_line("error", f"out of memory: try {_smaller()} ({reason})" if out_of_memory else reason)
         return 1
     except KeyboardInterrupt as stop:
         signals.end(getattr(stop, "number", signal.SIGINT))
@@ -289,19 +299,18 @@ def _lasting_output() -> Iterator[None]:
             error.flush()
 
 
-def printable(text: object) -> str:
-    """Text in which nothing but letters, signs and spaces is left, as in names of files; the rest is escaped.
-
-    A byte that is not in the encoding of file names becomes \\xff or so, a line break \\n.
-    """
-    known = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in known)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a card, Apple's GPU, the CPU's allocator or Python has no more memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
+def _smaller() -> str:
+    """The next smaller settings of the program that runs."""
+    svd = _loaded[0]() if _loaded else None
+    modes = MEMORY_MODES[MEMORY_MODES.index(svd.budget.memory) + 1 :] if svd else MEMORY_MODES[-1:]
+    frames = [] if signals.program() == "sample.py" else ["fewer --frames"]  # there the embedding has their number
+    return " or ".join([*(f"--memory {mode}" for mode in modes[:1]), "a smaller --size", *frames])
 
 
 def _print_line(kind: str, message: str) -> None:

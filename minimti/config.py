@@ -222,9 +222,13 @@ def _fits(value: Any, kind: Any, minimum: float, maximum: float) -> bool:
     return isinstance(value, kind) and (not is_dataclass(value) or checked(value) is value)
 
 
-def printable(text: str, most: int) -> str:
-    """The first `most` characters of a text, with escapes for control characters, line breaks and undecodable bytes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])[:most]
+def printable(text: object, most: int | None = None) -> str:
+    """The first `most` characters of a text, all by default, on one line.
+
+    Letters, signs and spaces stay, as in names of files; control characters, line breaks and bytes that are not in the
+    encoding of file names become escapes such as \\n and \\udcff.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:most])[:most]
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as T
 from minimti import __version__
 from minimti.checkpoint.fingerprint import differs
 from minimti.invert import State, View
-from minimti.io.files import InputError, atomic_write, make_folder
+from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
 from minimti.io.write import write_strip
 from minimti.motion import Motion
 from minimti.pipeline import Progress
@@ -58,6 +58,8 @@ class Run:
         self._locks: list[IO] = []
 
     def __enter__(self) -> "Run":
+        if len(os.fsencode(self.folder.name)) > MAX_NAME - 8:  # an earlier one is renamed m-1.run
+            raise InputError(f"{self.out}: cannot be written (the name is too long for that of its run, m.run)")
         if self.folder.is_file():
             raise InputError(f"--out {self.out}: its run needs a folder called {self.folder}; name it otherwise")
         if self.folder.exists():

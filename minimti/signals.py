@@ -11,6 +11,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -49,9 +50,12 @@ def ignore() -> None:
 
 
 def install(handler: Callable[[int, Any], Any]) -> None:
-    """Calls the handler on each of the signals that is not ignored: under nohup a program outlives its terminal."""
+    """Calls the handler on each of the signals that is not ignored: under nohup a program outlives its terminal.
+
+    A handler that was not installed from Python (None) stays too, since it could not be given back.
+    """
     for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, handler)
 
 
@@ -65,19 +69,29 @@ def begin() -> None:
 
 @contextmanager
 def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """`install` within a block, and what was there before after it."""
+    """`install` within a block, and what was there before after it.
+
+    Only the main thread receives signals and may install handlers; in another one the block is all there is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in STOPS}
     try:
         install(handler)
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, old in reversed(before.items()):  # SIGINT last: Python's handler raises, which ends this loop
+            if old is not None:
+                signal.signal(number, old)
 
 
 @contextmanager
 def held() -> Iterator[Callable[[], None]]:
-    """Within it signals wait until the yielded function is called, which raises Interrupted, or for the block's end."""
+    """Within it signals wait until the yielded function is called, which raises Interrupted, or for the block's end.
+
+    An error that ends the block comes before them: its message must not be lost.
+    """
     came: list[int] = []
 
     def check() -> None:
@@ -86,5 +100,5 @@ def held() -> Iterator[Callable[[], None]]:
 
     with handled(lambda number, _: came.append(number)):
         yield check
-    if came:
-        signal.raise_signal(came[0])
+    for number in came:
+        signal.raise_signal(number)

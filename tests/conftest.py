@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Before torch and huggingface_hub are imported, here or in a subprocess. The tensors of most tests are too small for
 # two threads to gain anything, and on a busy machine threads that wait for each other lose a lot.
@@ -11,6 +12,8 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs kernels on a CPU
     os.environ["TRITON_INTERPRET"] = "1"
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in a script's background
 
 # An example costs a network, not a search: few examples, always the same ones.
 settings.register_profile("networks", max_examples=6, deadline=None, derandomize=True)

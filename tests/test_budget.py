@@ -64,6 +64,7 @@ def test_estimates_are_not_below_the_counts(step, training, memory):
     assert peak <= budget.needed - RESERVE / 2
 
 
+@pytest.mark.full
 def test_the_embedded_model_fits_its_estimate():
     tiny = MODELS["tiny"]
     svd = on_meta(tiny, torch.float32)

@@ -171,7 +171,8 @@ def test_the_part_that_is_named_is_animated(work, call, reached):
         call("sample.py", *args, "--crop-center", center, "0.5")
         assert (reached["args"][2] == value).all()
     call("sample.py", *args, "--fit", "stretch")
-    assert (reached["args"][2][..., 56:] == 1).all() and (reached["args"][2][..., :40] == -1).all()
+    # torch 2.6 rounds weights of a resize that sum to 1
+    assert (reached["args"][2][..., 56:] > 1 - 1e-6).all() and (reached["args"][2][..., :40] < 1e-6 - 1).all()
 
 
 def test_a_video_plays_at_the_rate_that_was_sampled(work, call, monkeypatch):
@@ -518,11 +519,11 @@ def test_held_signals_wait_for_the_check_or_for_the_end():
             assert not came
             with pytest.raises(signals.Interrupted) as stop:
                 check()
-        assert stop.value.number == signal.SIGTERM and came == [signal.SIGTERM]
+        assert stop.value.number == signal.SIGTERM and came == [signal.SIGTERM, signal.SIGINT]
         with pytest.raises(ValueError), signals.held():  # its own error ends the program
             os.kill(os.getpid(), signal.SIGTERM)
             raise ValueError
-    assert came == [signal.SIGTERM]
+    assert came == [signal.SIGTERM, signal.SIGINT]
 
 
 # ------------------------------------------------------------------------------------------------------------- watching

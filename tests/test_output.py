@@ -1,15 +1,19 @@
 """What the programs print, to whom, and where their results go."""
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 from minimti import cli
+from minimti.budget import Budget
 from minimti.io.files import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +86,7 @@ def test_any_name_can_be_printed(encoding):
 
 def test_names_are_escaped():
     assert cli.printable("plain name ä 日.mp4") == "plain name ä 日.mp4"
-    assert cli.printable(os.fsdecode(b"a\xffb")) == r"a\xffb"
+    assert cli.printable(os.fsdecode(b"a\xffb")) == r"a\udcffb"
     assert cli.printable(Path("a\nb\r\t\x1b[31m\u2028")) == r"a\nb\r\t\x1b[31m\u2028"
 
 
@@ -111,6 +115,80 @@ def test_a_failure_is_one_line(error, code, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(fail)
     assert stop.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+ON_A_CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+ON_A_CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: {}: you tried to allocate 8 bytes."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ON_A_CARD,
+        RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GiB)."),
+        RuntimeError(ON_A_CPU.format("can't allocate memory")),
+        RuntimeError(ON_A_CPU.format("not enough memory")),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=lambda error: str(error)[:12],
+)
+@pytest.mark.parametrize(
+    "program, mode, advice",
+    [
+        ("train.py", None, "--memory low or a smaller --size or fewer --frames"),
+        ("train.py", "max", "--memory fast or a smaller --size or fewer --frames"),
+        ("train.py", "balanced", "--memory low or a smaller --size or fewer --frames"),
+        ("train.py", "low", "a smaller --size or fewer --frames"),
+        ("sample.py", "fast", "--memory balanced or a smaller --size"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_the_next_smaller_setting(
+    mini_svd, monkeypatch, capsys, error, program, mode, advice
+):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(mini_svd, "budget", mode and Budget(memory=mode))
+    monkeypatch.setattr(cli, "_loaded", [weakref.ref(mini_svd)] if mode else [])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail)
+    line = capsys.readouterr().err
+    assert stop.value.code == 1 and line.count("\n") == 1
+    assert line.startswith(f"{program}: error: out of memory: try {advice} ({str(error)[:20] or 'MemoryError'}")
+
+
+def test_memory_that_runs_out_at_work_is_one_line(tmp_path):
+    """That of the process: its address space ends 128 MiB further on once the model is there."""
+    code = """if True:
+        import resource, sys
+        import sample
+        from minimti import cli
+        load_model = cli.load_model
+        def limited(*args):
+            svd = load_model(*args)
+            used = 1024 * int(open("/proc/self/status").read().split("VmSize:")[1].split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**27,) * 2)
+            return svd
+        cli.load_model = limited
+        sys.argv = ["sample.py", "examples/rocket.png", *sys.argv[1:]]
+        cli.run(sample.main)
+        """
+    done = run(code, "--model", "tiny", "--size", "2048x1024", "--memory", "balanced", "--out", tmp_path / "x.mp4")
+    assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
+    line = done.stderr.decode().splitlines()[-1]
+    assert line.startswith("sample.py: error: out of memory: try --memory low or a smaller --size (")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_fault_keeps_its_traceback():
+    def fail():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.run(fail)
 
 
 def outputs(images: list[str], out: str = ".", emb: str | None = None, model: str | None = None) -> list[Path]:

@@ -237,6 +237,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         Run(tmp_path / "m.pt", 2).__enter__()
 
 
+@pytest.mark.parametrize("name", ["x" * 250 + ".png", "x" * 252 + ".pt", "ä" * 125, "x" * 246 + ".pt"])
+def test_a_name_too_long_for_its_run_or_for_being_renamed_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=r"cannot be written \(the name is too long for that of its run"):
+        Run(tmp_path / name, 2).__enter__()
+    for _ in range(3):
+        with begun(tmp_path / ("x" * 240 + ".pt")):
+            (tmp_path / ("x" * 240 + ".pt")).touch()
+
+
 @pytest.mark.parametrize(
     "out, folder", [("m.pt", "m.run"), ("m.safetensors", "m.run"), ("v1.2", "v1.2.run"), ("m", "m.run")]
 )

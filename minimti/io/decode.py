@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
@@ -35,6 +35,8 @@ LIMIT = f"{MAX_PIXELS // 10**6} megapixels a frame"
 MAX_PIPE_BYTES = 4 * 2**30  # a pipe is first copied to a temporary file
 NOT_A_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw streams give no times at all
+# Titles and the like need not be UTF-8; from PyAV 19 on that is no error.
+UNDECODABLE_TEXTS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 # What FFmpeg, PyAV and the file itself raise; the last where a damaged header leads outside of it.
 FAULTS = (av.FFmpegError, OSError, ValueError, OverflowError)
 JOINED = 1.0  # seconds: where times fall by more, another recording begins, and its times follow the first one's
@@ -127,7 +129,7 @@ class VideoFile:
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "none", **limit}
         with (
             self._failures(),
-            av.open(self._file, "r", options=options, metadata_errors="replace") as container,
+            av.open(self._file, "r", options=options, **UNDECODABLE_TEXTS) as container,
         ):
             # Threads as PyAV sets them. With one for each frame (AUTO) PyAV 17.0 deadlocks now and then where a file is
             # closed before its end: they need the interpreter that waits for them.

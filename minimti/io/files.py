@@ -3,14 +3,13 @@
 import errno
 import os
 import shutil
-import signal
 import stat
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+
+from minimti import signals
 
 MAX_NAME = 255  # bytes of a file's name, on every common file system
 
@@ -63,7 +62,7 @@ def check_writable(path: str | Path, *inputs: str | Path) -> Path:
     """
     path = check_target(path, *inputs)
     try:
-        with uninterrupted():
+        with signals.held():
             _private_folder(path).rmdir()
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -79,7 +78,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     that stop a program wait for the end. Raises InputError as `check_writable` does, and where the block or the
     replacement fails because of the disk, for example because it is full.
     """
-    with uninterrupted():
+    with signals.held():
         check_target(path)
         target, folder = Path(os.path.realpath(path)), None
         try:
@@ -157,40 +156,6 @@ def _overwrites(output: Path, other: Path) -> bool:
     if not (output.exists() and other.exists()):
         return target == source
     return output.samefile(other) or (other.is_dir() and target.is_relative_to(source))
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Signals that stop a program (Ctrl-C, SIGTERM, SIGHUP) take effect when the block has ended, however it ends.
-
-    Ignored signals stay ignored. Only the main thread can receive signals; in another one this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {int(number): signal.getsignal(number) for number in stops}
-    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    came: list[int] = []
-    ended = False
-
-    def wait(number: int, _: FrameType | None) -> None:
-        if ended:  # and another signal's exception left the loop that gives the handlers back
-            signal.signal(number, handlers[number])
-            signal.raise_signal(number)
-        else:
-            came.append(number)
-
-    try:
-        for number in handlers:
-            signal.signal(number, wait)
-        yield
-    finally:
-        ended = True
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
 
 
 def make_folder(path: str | Path) -> None:

@@ -14,7 +14,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
-from minimti.io.files import InputError, atomic_write, uninterrupted
+from minimti import signals
+from minimti.io.files import InputError, atomic_write
 from minimti.io.pixels import strip
 
 LEAST_SIDE = 256  # pixels of the longer side; players show smaller videos as stamps, or blur them
@@ -72,7 +73,7 @@ def write_frames(folder: str | Path, video: Tensor) -> None:
     """
     folder = Path(folder)
     check_frames(folder)
-    with uninterrupted():
+    with signals.held():
         private = None
         try:
             private = Path(tempfile.mkdtemp(prefix=".minimti-", dir=folder.parent))

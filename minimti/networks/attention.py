@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minimti.config import UNetConfig
 from minimti.networks import fused
-from minimti.networks.layers import Blend, GroupNorm, TimestepEmbedding, add_owned, module_list, sinusoid
+from minimti.networks.layers import Blend, GroupNorm, TimestepEmbedding, add_owned, module_list, repeated, sinusoid
 from minimti.networks.recompute import Checkpointed
 
 FEW_SCORES = 2**21  # entries of Q K^T that fit in the cache of a CPU
@@ -121,7 +121,7 @@ class CrossAttention(Attention):
         # through the queries of a set one after the other, so that few sets would occupy few multiprocessors of a GPU.
         parts = _num_parts(x.shape[1])
         q = self.to_q(x).unflatten(1, (parts, -1)).flatten(0, 1)  # [(sets parts), L / parts, dim]
-        k, v = (t.repeat_interleave(parts, dim=0) for t in (k, v))  # [(sets parts), heads, N, head_dim]
+        k, v = repeated(k, parts), repeated(v, parts)  # [(sets parts), heads, N, head_dim]
         return self.project_out(attention(self.split_heads(q), k, v, self.few_scores)).view(x.shape)
 
 
@@ -164,12 +164,13 @@ class FeedForward(Checkpointed):
 
 
 class Context(NamedTuple):
-    """What one transformer takes from the tokens of B clips: K and V of its two cross-attentions."""
+    """What one transformer takes besides its input: K and V of its two cross-attentions, from the tokens of B clips."""
 
     spatial_keys: Tensor  # [(B F), heads, N, head_dim], from the tokens of each frame
     spatial_values: Tensor  # the same shape
     temporal_keys: Tensor  # [B, heads, N, head_dim], from the temporal tokens of each clip
     temporal_values: Tensor  # the same shape
+    frame_embedding: Tensor  # [F, C], of the positions of frames; it depends on F alone
 
 
 class TransformerBlock(nn.Module):
@@ -234,9 +235,11 @@ class SpatioTemporalTransformer(nn.Module):
     def project_tokens(self, spatial: Tensor, temporal: Tensor) -> Context:
         """Spatial tokens [B, F, N, context_dim] and temporal tokens [B, N, context_dim] -> K and V for `forward`."""
         sets = spatial.flatten(0, 1)  # [(B F), N, context_dim]
+        frame_index = torch.arange(spatial.shape[1], device=spatial.device)
         return Context(
             *self.transformer_blocks[0].attn2.keys_values(sets),
             *self.temporal_transformer_blocks[0].attn2.keys_values(temporal),
+            self.time_pos_embed(sinusoid(frame_index, self.proj_in.out_features).to(spatial.dtype)),
         )
 
     def forward(self, x: Tensor, num_frames: int, context: Context) -> Tensor:
@@ -244,10 +247,8 @@ class SpatioTemporalTransformer(nn.Module):
         residual = x
         x = self.norm(x).flatten(2).transpose(1, 2)  # [(B F), (H W), C]
         x = self.proj_in(x)
-        frame_index = torch.arange(num_frames, device=x.device)
-        frame_embedding = self.time_pos_embed(sinusoid(frame_index, x.shape[-1]).to(x.dtype))  # [F, C]
         x = self.transformer_blocks[0](x, num_frames, context.spatial_keys, context.spatial_values)
-        clips = x.unflatten(0, (-1, num_frames)) + frame_embedding[:, None]  # [B, F, (H W), C]
+        clips = x.unflatten(0, (-1, num_frames)) + context.frame_embedding[:, None]  # [B, F, (H W), C]
         over_time = self.temporal_transformer_blocks[0](
             clips.flatten(0, 1),  # [(B F), (H W), C]
             num_frames,

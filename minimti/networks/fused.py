@@ -105,6 +105,7 @@ def _(dy: Tensor, x: Tensor, affine: Tensor, weight: Tensor, groups: int, silu: 
 def _save_for_group_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, weight, _, ctx.groups, _, ctx.silu = inputs
     ctx.save_for_backward(x, output[1], weight)
+    ctx.set_materialize_grads(False)  # `affine` never gets a gradient
 
 
 def _differentiate_group_norm(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:

@@ -33,6 +33,11 @@ def add_owned(owned: Tensor, y: Tensor) -> Tensor:
     return owned + y if torch.is_grad_enabled() else owned.add_(y)
 
 
+def repeated(t: Tensor, times: int) -> Tensor:
+    """[n, ...] -> [n * times, ...], every entry so often in a row; `t` itself where that is once."""
+    return t if times == 1 else t.repeat_interleave(times, dim=0)
+
+
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding, [...] -> [..., dim] in fp32: cosines, then sines, of frequencies from 1 to nearly 1e-4.
 
@@ -142,7 +147,7 @@ def frames_of(clips: Tensor, height: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """shortcut(x) + conv(silu(norm(conv(silu(norm(x))) + embedding))), over space or time.
+    """shortcut(x) + conv(silu(norm(conv(silu(norm(x))) + linear(embedding)))), over space or time.
 
     `conv` is Conv3x3 for the first, ConvOverTime for the second.
     """
@@ -164,8 +169,8 @@ class ResBlock(nn.Module):
         h = self.conv1(self.norm1(x, silu=True))
         shift = None
         if embedding is not None:
-            shift = self.time_emb_proj(F.silu(embedding))  # [B, C']
-            shift = shift.repeat_interleave(len(h) // len(shift), dim=0)  # [(B F) or B, C']
+            shift = self.time_emb_proj(embedding)  # [B, C']
+            shift = repeated(shift, len(h) // len(shift))  # [(B F) or B, C']
         h = self.conv2(self.norm2(h, shift, silu=True))
         return add_owned(h, self.conv_shortcut(x))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimti.config import UNetConfig
@@ -50,7 +51,7 @@ class Block(Checkpointed):
 
     `widths` are the channels in and out of each res block. The `forward` of a block takes
 
-    embedding  [B, 4 model_channels], of the noise level and the micro-conditioning
+    embedding  [B, 4 model_channels], of the noise level and the micro-conditioning, after SiLU
     num_frames F
     contexts   the contexts of all transformers in the order in which they run; the block takes its own from the front
     """
@@ -197,7 +198,7 @@ class UNet(nn.Module):
         out_dtype, dtype = x.dtype, self.conv_in.weight.dtype
         embedding = self.time_embedding(sinusoid(c_noise, self.config.model_channels).to(dtype))
         vector = sinusoid(micro, self.config.adm_in_channels // micro.shape[1]).flatten(1)  # [B, adm_in_channels]
-        embedding = embedding + self.add_embedding(vector.to(dtype))  # [B, 4 c]
+        embedding = F.silu(embedding + self.add_embedding(vector.to(dtype)))  # [B, 4 c]; SiLU once for all res blocks
 
         remaining = iter(contexts)
         x = x.to(dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [(B F), in_channels, H, W]

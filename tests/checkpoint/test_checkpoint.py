@@ -487,17 +487,24 @@ for revision in sys.argv[1:]:
         return done.stdout.splitlines()
 
     (tmp_path / "file").touch()
-    (unwritable,) = run(tmp_path / "file", "main")
-    assert f"the cache {tmp_path / 'file' / 'hub'} cannot be written (Not a directory)" in unwritable
-    gated, missing, busy, silent, folder, again = run(
-        tmp_path / "home", "gated", "missing", "busy", "silent", "main", Hub.COMMIT
+    # Nobody, root neither, can make a file there.
+    for home, reason in (
+        (tmp_path / "file", "Not a directory"),
+        (Path("/proc"), "No such file or directory"),
+    ):
+        (unwritable,) = run(home, "main")
+        assert f"True svd: the cache {home / 'hub'} cannot be written ({reason}); name another: HF_HOME" in unwritable
+    gated, missing, busy, silent, first, folder, again = run(
+        tmp_path / "home", "gated", "missing", "busy", "silent", "main", "main", Hub.COMMIT
     )
     assert "True svd: no access: accept the licence" in gated and "True svd: its repository has no revision" in missing
     assert "True svd: the download from http://127" in busy and "503" in busy
     assert "True svd: the download from http://127" in silent and "imeout" in silent
+    # The library goes on by itself; its versions before 0.28 or so fail, and go on when they are called again.
+    assert first == folder or "True svd: the download from http://127" in first
     assert folder == again and find.revision_of(Path(folder)) == Hub.COMMIT
     assert all(path.read_bytes() == Hub.BODY for path in find.folder_paths(Path(folder)).values())
-    assert Hub.ranges == ["", f"bytes={10 * 2**20}-", "", ""]
+    assert Hub.ranges in (["", f"bytes={received * 2**20}-", "", ""] for received in (10, 11))
     server.shutdown()
 
 

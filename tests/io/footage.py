@@ -38,9 +38,10 @@ def counted(frames: torch.Tensor) -> list[int]:
 
 
 def encode(path: Path, frames: torch.Tensor, rate: int = 10, codec: str = "libx264", pix_fmt: str = "yuv420p", **more):
-    """uint8 [F, 3, H, W] as any kind of file. more: options of the encoder; times, whole numbers of 1 / rate."""
-    times = more.pop("times", range(len(frames)))
+    """uint8 [F, 3, H, W] as any kind of file. more: options of the encoder; times, whole numbers of 1 / rate; title."""
+    times, title = more.pop("times", range(len(frames))), more.pop("title", "")
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=rate, options=more)
         if codec != "libx264":
             stream.bit_rate = 8_000_000

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
@@ -122,6 +123,14 @@ def test_the_still_of_an_animated_avif_is_not_the_film(tmp_path):
     assert greys.tolist() == pytest.approx([0, 40, 80, 120, 160], abs=3)
 
 
+def test_titles_need_not_be_text(tmp_path):
+    encode(tmp_path / "a.mkv", gradients(14), 7, title="a title")
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert content.count(b"a title") == 1
+    (tmp_path / "a.mkv").write_bytes(content.replace(b"a title", b"\xff\xfe\x80tle\xc3"))
+    assert shown(video.read_clip(tmp_path / "a.mkv", TINY).frames, 14) == list(range(14))
+
+
 def test_a_pipe_is_opened_once(tmp_path):
     """As `train.py <(...)` does; an mp4 must be sought in, which a pipe cannot be."""
     encode(tmp_path / "a.mp4", gradients(14), 7)
@@ -199,6 +208,28 @@ def test_a_file_that_names_others_opens_none(tmp_path, listener, content):
         with pytest.raises(InputError, match="cannot be read as a video"):
             video.read_clip(tmp_path / name, TINY)
     assert heard == []
+
+
+def with_reference(content: bytes, path: Path, parents: str = "moov trak mdia minf dinf dref") -> bytes:
+    """An mp4 whose header says that the pictures are in another file: another entry of `dref`, longer boxes around."""
+    name, _, rest = parents.partition(" ")
+    at = content.index(name.encode()) - 4
+    end = at + int.from_bytes(content[at : at + 4], "big")
+    if rest:
+        inner = with_reference(content[at + 8 : end], path, rest)
+    else:  # an alias of QuickTime: volume, name, levels of folders from here and to there, path with colons
+        text = b"vol" + str(path).replace("/", ":").encode()
+        entry = b"alis" + struct.pack(">14xB27s12xB63s16xHH16x", 3, b"vol", len(path.name), path.name.encode(), 1, 1)
+        entry += struct.pack(f">HH{len(text) + len(text) % 2}sHH", 2, len(text), text, 0xFFFF, 0)
+        inner = bytes(4) + (1).to_bytes(4, "big") + (4 + len(entry)).to_bytes(4, "big") + entry
+    return content[:at] + (8 + len(inner)).to_bytes(4, "big") + name.encode() + inner + content[end:]
+
+
+def test_pictures_that_are_in_another_file_are_not_there(tmp_path):
+    encode(tmp_path / "secret.mp4", gradients(14), 7)
+    (tmp_path / "a.mp4").write_bytes(with_reference((tmp_path / "secret.mp4").read_bytes(), tmp_path / "secret.mp4"))
+    with pytest.raises(InputError, match="a.mp4: has no picture that can be decoded"):
+        video.read_clip(tmp_path / "a.mp4", TINY)
 
 
 def test_a_name_is_no_address(tmp_path, listener, monkeypatch):

@@ -152,6 +152,7 @@ def test_a_small_unet_through_the_operators():
         assert difference(ours, plain.double()) < 1e-5
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_a_small_vae_through_the_operators():
     config = replace(SMALLER.vae, ch=32)
