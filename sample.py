@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimti import cli
 from minimti.config import FORMATS, MODELS, SCHEDULES, SOLVERS
-from minimti.io.files import InputError, make_folder
+from minimti.io.files import InputError, check_target, make_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +154,8 @@ def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
     seeds = [(args.seed + k) % 2**32 for k in range(args.seeds)]
     names = [Path(file).stem for file in learned] or [model]
     jobs = plan(names, args.images, seeds, args.out, form, learned=bool(learned), inputs=inputs)
+    for job in jobs if args.attention else []:
+        check_target(job.attention, *args.images, *inputs)
     if args.compare:
         check_comparison(jobs[0].path.parent, jobs[0].path.suffix, *args.images, *inputs)
     return jobs

@@ -36,7 +36,7 @@ class AttentionMaps:
             hook.remove()
 
     def mean(self) -> Tensor:
-        """Attention weights [F, L, N], a mean over heads, layers and sampling steps; L positions, row by row."""
+        """Attention weights [F, L, N] on the CPU, a mean over heads, layers and steps; L positions, row by row."""
         if self.total is None:
             raise ValueError("no attention has been recorded")
         return (self.total / self.count).cpu()
@@ -76,7 +76,7 @@ def write_attention(path: Path, video: Tensor, weights: Tensor) -> None:
     from matplotlib.figure import Figure  # slow to import, and only this picture needs it
 
     height, width = video.shape[-2:]
-    maps = heat_maps(weights.float().cpu(), (width, height))  # [N, F, H, W]
+    maps = heat_maps(weights.float(), (width, height))  # [N, F, H, W]
     num_tokens, num_frames = maps.shape[:2]
     scale = FRAME_SIDE / max(height, width)
     shape = round(scale * height), round(scale * width)

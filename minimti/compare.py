@@ -25,7 +25,7 @@ from minimti.io.files import InputError, atomic_write, check_target
 from minimti.io.pictures import Pictures, find_pictures
 from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
-from minimti.io.write import enlarged, write_clip, write_video
+from minimti.io.write import check_frames, enlarged, write_clip, write_video
 from minimti.motion import Motion
 from minimti.page import FIGURE, MARK, PAGE
 from minimti.results import Job, read_record
@@ -49,7 +49,7 @@ class Cell:
 
 def check_comparison(folder: Path, suffix: str, *inputs: str) -> None:
     """Raises InputError where the grid or the page would take the place of an input, or of somebody's own page."""
-    check_target(folder / f"grid{suffix}", *inputs)
+    (check_target if suffix else check_frames)(folder / f"grid{suffix}", *inputs)
     page = check_target(folder / "index.html", *inputs)
     if page.is_file() and MARK not in page.read_text(errors="replace")[:1000]:
         raise InputError(f"{page}: is there, and not by --compare; name another folder as --out")

@@ -94,7 +94,7 @@ def plan(
     check_folder(out)
     for job in jobs:
         if form == "png":
-            check_frames(job.path)
+            check_frames(job.path, *read)
         else:
             check_target(job.path, *read)
         check_target(job.record, *read)

@@ -200,7 +200,24 @@ def test_a_folder_with_other_files_is_never_replaced_by_frames(folder, made, cal
     assert code == 2 and "a_m: holds other files than frames" in error and Path("a_m/thesis.txt").is_file() and not made
 
 
+def test_frames_never_replace_the_images_that_they_are_made_from(folder, made, call):
+    Path("a_m").mkdir()
+    Image.new("RGB", (64, 64), "red").save("a_m/00000.png")
+    code, _, error = call("--emb", "m.pt", "a.png", "a_m", "--format", "png")
+    assert code == 2 and "a_m: holds an input; name another --out" in error and not made
+
+
+@pytest.mark.parametrize("form", ["gif", "png"])
+def test_a_comparison_is_of_the_format_of_the_results(folder, made, call, form):
+    args = ["--emb", "m.pt", "a.png", "photos", "--out", "r", "--compare", "--format", form]
+    for _ in range(2):  # the second time over the first
+        code, out, error = call(*args)
+        assert code == 0 and f"comparison r/grid{'.gif' * (form == 'gif')}, and to be opened in a browser" in out, error
+    assert len(made) == 3 and Path("r/index.html").read_text().count("<video") == 3
+
+
 REFUSED = [
+    (["--emb", "m.pt", "a.png", "a_m_attention.png", "--attention"], "a_m_attention.png: is an input; name another"),
     (["--emb", "m.pt", "--emb", "other.pt", "a.png"], "other.pt: is for the model 'svd', but m.pt is for 'tiny'"),
     (["--emb", "m.pt", "--emb", "copy/m.pt", "a.png"], "2 embeddings of the same name would all become a_m.mp4"),
     (["--emb", "m.pt", "photos", "--out", "photos"], "photos: the results would go among the images; name another"),
@@ -222,6 +239,7 @@ REFUSED = [
 def test_what_does_not_go_together_is_refused_before_the_work(folder, made, call, monkeypatch, args, message):
     monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     replace(motion_of(0), model="svd").save("other.pt")
+    Image.new("RGB", (64, 64)).save("a_m_attention.png")
     for name in ("copy", "empty", "site"):
         Path(name).mkdir()
     motion_of(0).save("copy/m.pt")

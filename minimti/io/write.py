@@ -90,9 +90,11 @@ def write_frames(folder: str | Path, video: Tensor) -> None:
                 shutil.rmtree(private, ignore_errors=True)
 
 
-def check_frames(folder: str | Path) -> None:
-    """Raises InputError where a folder of frames would take the place of something else."""
+def check_frames(folder: str | Path, *inputs: str | Path) -> None:
+    """Raises InputError where a folder of frames would take the place of something else, or holds an input."""
     folder = Path(folder)
+    if any(Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder)) for other in inputs if str(other)):
+        raise InputError(f"{folder}: holds an input; name another --out")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder}: is there, and is no folder of frames; name another --out")
     if folder.is_dir() and not all(re.fullmatch(r"[0-9]{5}\.png", name) for name in os.listdir(folder)):
