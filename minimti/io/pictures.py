@@ -1,6 +1,7 @@
 """Pictures as a clip: a folder, a glob, or an animated WebP, which FFmpeg cannot read."""
 
 import glob
+import os
 import re
 from collections.abc import Generator
 from pathlib import Path
@@ -104,7 +105,7 @@ class AnimatedWebP:
 
 def is_webp(path: Path) -> bool:
     """Whether a regular file begins as a WebP does."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     try:
         with open(path, "rb") as file:
@@ -119,12 +120,12 @@ def find_pictures(path: Path) -> list[Path] | None:
 
     Raises InputError for a folder without pictures and a pattern without files.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for any name
         found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         if not found:
             raise InputError(f"{path}: is a folder without pictures ({', '.join(SUFFIXES)})")
-    elif glob.has_magic(str(path)) and not path.exists():
-        found = [Path(name) for name in glob.glob(str(path)) if Path(name).is_file()]
+    elif glob.has_magic(str(path)) and not os.path.exists(path):
+        found = [Path(name) for name in glob.glob(str(path)) if os.path.isfile(name)]
         if not found:
             raise InputError(f"{path}: no file has such a name")
     else:

@@ -1,6 +1,7 @@
 """Clips: frames of a video, chosen by time, as the networks take them."""
 
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def read_clip(
 def check_source(path: str | Path) -> None:
     """Raises InputError where there is no such file, folder or picture of a pattern. Opens no pipe."""
     path = Path(path)
-    if find_pictures(path) is None and not path.exists():
+    if find_pictures(path) is None and not os.path.exists(path):
         raise InputError(f"{path}: no such file")
 
 
