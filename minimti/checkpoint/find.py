@@ -59,7 +59,7 @@ def locate(model: str, weights: Path = WEIGHTS, revision: str | None = None) -> 
                 return path, MODELS[model]
         raise InputError(f"{model}: {weights / SINGLE_FILES[model]} is not there; make it: python -m minimti.pretrain")
     path = Path(model)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, no error for any name
         try:
             require_file(path)
         except InputError as error:

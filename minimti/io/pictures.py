@@ -105,7 +105,7 @@ class AnimatedWebP:
 
 def is_webp(path: Path) -> bool:
     """Whether a regular file begins as a WebP does."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     try:
         with open(path, "rb") as file:

@@ -230,6 +230,12 @@ def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
     assert find.locate(str(tmp_path / "svd_xt.link"))[1] == MODELS["svd-xt"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "\0"])
+def test_a_name_that_no_file_can_have_is_no_model(name):
+    with pytest.raises(InputError, match="cannot be read .*; name one of svd, svd-xt"):
+        find.locate(name)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty hub cache, and a record of what is downloaded."""

@@ -276,6 +276,13 @@ def test_unreadable_videos_are_named(tmp_path):
             video.read_clip(tmp_path / name, TINY)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a/" + "x" * 300 + ".mp4", "\0", "x" * 300 + "*.png"])
+def test_a_name_that_no_file_can_have_is_no_file(name):
+    for read in (video.check_source, lambda name: video.read_clip(name, TINY)):
+        with pytest.raises(InputError, match="no such file|no file has such a name|cannot be read"):
+            read(name)
+
+
 def test_a_song_with_a_cover_is_no_clip(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         sound, cover = container.add_stream("aac", rate=8000, layout="mono"), container.add_stream("mjpeg", rate=1)
