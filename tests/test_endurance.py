@@ -43,16 +43,16 @@ def damaged_files(folder: Path) -> list:
         (folder / name).write_bytes(buffer.getvalue()[: -len(buffer.getvalue()) // 10])
     noise = torch.randint(0, 256, (6, 3, SIZE[1] // 2, SIZE[0] // 2), dtype=torch.uint8)
     write_clip(folder / "a.mp4", noise, 10)
-    Motion(torch.full((5, 1000, 48), 1.0), 4, "mini", MINI.micro, MINI.size, 3, 0).save(folder / "m.pt")
-    content = (folder / "m.pt").read_bytes()
-    (folder / "m.pt").write_bytes(content.replace(torch.ones(8).numpy().tobytes(), b"\xff" * 32))  # NaN
+    Motion(torch.full((5, 1000, 48), 1.0), 4, "mini", MINI.micro, MINI.size, 3, 0).save(folder / "m.safetensors")
+    content = (folder / "m.safetensors").read_bytes()
+    (folder / "m.safetensors").write_bytes(content.replace(torch.ones(8).numpy().tobytes(), b"\xff" * 32))  # NaN
     weights = write_official(folder / "w.safetensors", MINI)
     weights.write_bytes(weights.read_bytes()[:-1000])
     return [
         lambda: read_image(folder / "a.jpg", MINI),
         lambda: read_image(folder / "a.png", MINI),
         lambda: read_clip(folder / "a.mp4", MINI, num_frames=20, stride=1),
-        lambda: Motion.load(folder / "m.pt"),
+        lambda: Motion.load(folder / "m.safetensors"),
         lambda: open_checkpoint(str(folder / "w.safetensors")),
         lambda: read_clip(folder / "none.mp4", MINI),
     ]
