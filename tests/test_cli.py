@@ -384,6 +384,7 @@ def test_unconditional_shows_the_motion_without_an_image(work, call):
     assert properties(work / "m_unconditional.mp4")[2:5] == (4, 256, 128)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", sorted(REAL.glob("*.mp4")), ids=lambda path: path.stem)
 def test_real_videos(work, path):
     target = sorted(REAL.glob("*.png"))[0]

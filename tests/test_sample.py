@@ -327,6 +327,7 @@ def test_the_sampler_takes_the_noise_levels_of_the_schedule(mini_svd, monkeypatc
         pipeline.animate(mini_svd, None, torch.zeros(1, 3, 32, 48), schedule="linear")
 
 
+@pytest.mark.full
 def test_two_ranks_make_each_result_once(folder):
     """As torchrun starts them. Together they make what one process makes, and then one of them the comparison."""
     with socket.socket() as free:
