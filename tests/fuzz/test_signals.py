@@ -85,6 +85,7 @@ def signalled(work: Path, count: int | None) -> None:
             assert f"after {Motion.load(work / out).steps} " in said, about
         assert not list(work.rglob(".*")), about
         finish(work, out)
+        print(f"\r{k + 1} moments", end="")
 
 
 def killed(work: Path, count: int) -> None:
@@ -94,6 +95,7 @@ def killed(work: Path, count: int) -> None:
         process.kill()
         process.communicate()
         finish(work, f"k{k}-{count}.pt")
+        print(f"\r{k + 1} killed", end="")
 
 
 def test_one_or_two_signals_at_a_random_moment_lose_nothing(work):
