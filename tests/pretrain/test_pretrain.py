@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from small_runs import FEW, SHORT
 from minimti import pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.checkpoint.load import open_checkpoint
+from minimti.config import MODELS
 from minimti.io.files import InputError
+from minimti.pretrain import __main__ as command
 from minimti.pretrain.card import Record, card
 from minimti.pretrain.run import Run, begin, pretrain
 from minimti.pretrain.stages import STAGES, PretrainModel
@@ -182,3 +185,32 @@ def test_the_embedded_model_is_small():
     with torch.device("meta"):
         svd = SVD(TINY)
     assert parameters(svd) < 14_500_000
+
+
+def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(command, "pretrain", lambda *args, **options: calls.append((args, options)))
+    folder, out = str(tmp_path / "run"), str(tmp_path / "out")
+    options = [
+        "--run",
+        folder,
+        "--out",
+        out,
+        "--seed",
+        "3",
+        "--scale",
+        "0.5",
+        "--stages",
+        "captions",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *options])
+    command.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    command.main()
+    (args, given), (defaults, _) = calls
+    assert args == (MODELS["tiny"], Path(folder), Path(out), 3, 0.5, ["captions"]) and given == {
+        "device": torch.device("cpu")
+    }
+    assert defaults == (MODELS["tiny"], Path("runs/tiny"), WEIGHTS / "tiny", 0, 1.0, command.NAMES)
