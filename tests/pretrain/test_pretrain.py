@@ -191,21 +191,8 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(command, "pretrain", lambda *args, **options: calls.append((args, options)))
     folder, out = str(tmp_path / "run"), str(tmp_path / "out")
-    options = [
-        "--run",
-        folder,
-        "--out",
-        out,
-        "--seed",
-        "3",
-        "--scale",
-        "0.5",
-        "--stages",
-        "captions",
-        "--device",
-        "cpu",
-    ]
-    monkeypatch.setattr(sys, "argv", ["pretrain", *options])
+    options = "--seed 3 --scale 0.5 --stages captions --device cpu".split()
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--run", folder, "--out", out, *options])
     command.main()
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     command.main()
