@@ -548,7 +548,10 @@ def started(work: Path, *args: str, seen: bytes = b"", heed: tuple = ()):
 LONG = ("ref.mp4", *SMALL_FILE, "--cache", "2", "--steps", "20", "--save-every", "4", "--tokens", "2")
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT], [signal.SIGHUP] * 3])
+ALONE, HANGUPS = (pytest.param(numbers, marks=pytest.mark.full) for numbers in ([signal.SIGINT], [signal.SIGHUP] * 3))
+
+
+@pytest.mark.parametrize("numbers", [ALONE, [signal.SIGTERM, signal.SIGINT], HANGUPS])
 def test_interrupted_training_keeps_its_steps(work, call, numbers):
     """Ctrl-C, a kill or a lost terminal, and more of them while it saves: the embedding says how many, and goes on."""
     with started(work, "train.py", *LONG, "--out", "cut.pt", seen=b"inversion: 2/20", heed=STOPS) as process:
@@ -564,6 +567,7 @@ def test_interrupted_training_keeps_its_steps(work, call, numbers):
     assert line.split()[1:2] == ["python"] and line.endswith(f"train.py {' '.join(LONG)} --out cut.pt --resume")
 
 
+@pytest.mark.full
 def test_a_killed_run_is_resumed_by_its_command(work, call):
     """Killed outright in the middle; the tokens are those of a run never stopped."""
     args = ("train.py", *LONG, "--out", "killed.pt")

@@ -158,6 +158,7 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
 def test_a_browser_plays_all_videos_in_step(tmp_path, monkeypatch):
     """Within a frame of each other while they play; on the same frame when stepped. The short one rests at its end."""

@@ -160,6 +160,7 @@ def test_out_of_memory_is_one_line_that_names_the_next_smaller_setting(
     assert line.startswith(f"{program}: error: out of memory: try {advice} ({str(error)[:20] or 'MemoryError'}")
 
 
+@pytest.mark.full
 def test_memory_that_runs_out_at_work_is_one_line(tmp_path):
     """That of the process: its address space ends 128 MiB further on once the model is there."""
     code = """if True:

@@ -460,6 +460,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.full
 def test_the_library_with_a_hub_on_this_machine(tmp_path):
     """Refusals with their reason, a silent hub, a cache that cannot be made, a broken transfer that goes on."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)

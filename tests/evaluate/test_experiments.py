@@ -156,6 +156,7 @@ def test_attention_is_recorded_in_every_step_and_not_afterwards(random_svd, word
     assert maps.mean().shape == (8, 12 * 12, 7)
 
 
+@pytest.mark.full
 def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words, tmp_path):
     settings = Settings(
         motions=1, targets=1, steps=2, ablation_motions=1, inversion_seeds=1, kind_targets=1, noise_levels=1,

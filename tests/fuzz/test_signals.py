@@ -98,6 +98,7 @@ def killed(work: Path, count: int) -> None:
         print(f"\r{k + 1} killed", end="")
 
 
+@pytest.mark.full
 def test_one_or_two_signals_at_a_random_moment_lose_nothing(work):
     signalled(work, 1)
 

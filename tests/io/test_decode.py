@@ -317,6 +317,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.full
 def test_large_frames_take_the_memory_of_a_few(tmp_path):
     """8 frames of 4K: 0.2 GB as bytes, 0.8 GB as floats."""
     encode(tmp_path / "a.mp4", gradients(2, 2160, 3840)[[0, 1] * 4], 7, preset="ultrafast")
