@@ -121,13 +121,13 @@ def invert(
             pending.clear()
 
 
-def view(svd: SVD, clip: Tensor, motion: Motion, flip: bool, index: int) -> View:
-    """The index-th random view of a clip [F, 3, H, W] in [-1,1]: augmented, encoded, conditioned on its first frame.
+def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, index: int) -> View:
+    """The index-th random view of clips [clips, F, 3, H, W] in [-1,1], which take turns.
 
-    `flip` allows mirrored views.
+    It is augmented, encoded, and conditioned on its first frame. `flip` allows mirrored views.
     """
     generator = _generator(motion.seed, 2 * index)
-    frames = augment(clip, generator, flip)
+    frames = augment(clips[index % len(clips)], generator, flip)
     with torch.no_grad():
         return svd.encode(frames[None]), svd.prepare(frames[:1], motion.sets, motion.micro, generator)
 

@@ -1,7 +1,7 @@
 """The two ways through the model, `learn` and `animate`, for command lines, notebooks and experiments alike."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,7 +126,7 @@ def describe_step(
 
 def learn(
     svd: SVD,
-    clip: Clip,
+    clip: Clip | Sequence[Clip],
     *,
     recipe: Recipe | str | None = None,
     steps: int | None = None,
@@ -140,6 +140,9 @@ def learn(
     resume: State | None = None,
 ) -> Motion:
     """The motion of a clip as an embedding: motion-textual inversion (paper 3.3, B.2).
+
+    Several clips of one motion by different subjects give one embedding: their augmented views take turns. They have
+    the same number of frames and the same size; the embedding plays at the rate of the first.
 
     recipe      how tokens are optimised: a Recipe, or the name of one ("paper", "muon"); default: the model's own
     steps       optimisation steps; default: the recipe's
@@ -155,17 +158,20 @@ def learn(
                 those done before too. More of them than that run had: set State.begun for another cosine of the rate
 
     The tokens are on the device of the model. Raises FloatingPointError after a loss or gradient that is not finite,
-    ValueError for an unknown recipe, RuntimeError where a network has been released.
+    ValueError for an unknown recipe or clips that do not fit together, RuntimeError where a network has been released.
     """
+    together = [clip] if isinstance(clip, Clip) else [*clip]
+    if len({c.frames.shape for c in together}) != 1:
+        raise ValueError("the clips must have the same number of frames and the same size, and be one at least")
     recipe = make_recipe(svd.config, recipe) if recipe is None or isinstance(recipe, str) else recipe
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps)
-    frames = clip.frames.to(svd.device)
-    size = frames.shape[-1], frames.shape[-2]
-    svd.use(make_budget(svd, len(frames), size, memory, training=True) if isinstance(memory, str) else memory)
+    clips = torch.stack([c.frames for c in together]).to(svd.device)  # [clips, F, 3, H, W]
+    num_frames, size = clips.shape[1], (clips.shape[-1], clips.shape[-2])
+    svd.use(make_budget(svd, num_frames, size, memory, training=True) if isinstance(memory, str) else memory)
     done_with = svd.release if release else svd.park
     if resume is None:
         with torch.no_grad():
-            embeddings = svd.embed(frames)
+            embeddings = torch.stack([svd.embed(frames) for frames in clips]).mean(0)  # [F, d]
         generator = torch.Generator().manual_seed(seed)
         tokens = initialise(embeddings, num_tokens, generator, shared_start=recipe.shared_start)
         tokens = tokens[-1:].clone() if shared else tokens  # the temporal set starts from the mean in every recipe
@@ -175,7 +181,7 @@ def learn(
 
     motion = Motion(
         tokens=tokens,
-        num_frames=len(frames),
+        num_frames=num_frames,
         model=svd.config.name,
         micro=svd.config.micro,
         size=size,
@@ -183,11 +189,11 @@ def learn(
         seed=seed,
         fingerprint=fingerprint(svd.unet),
         total_steps=recipe.steps,
-        fps=clip.fps,
+        fps=together[0].fps,
     )
     motion.check()  # what could not be saved is refused before hours of work
 
-    views: Callable[[int], View] = partial(view, svd, frames, motion, flip)
+    views: Callable[[int], View] = partial(view, svd, clips, motion, flip)
     cached: list[View] = list(resume.views) if resume else []
     if count := min(recipe.num_cached_views, recipe.steps):
         views = _cached(views, cached, count, progress)

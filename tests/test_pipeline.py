@@ -156,6 +156,33 @@ def test_views_are_made_once_and_taken_in_turn(svd, clip, monkeypatch, cached, e
         assert torch.equal(used[0], used[2]) is (cached == 2) and not torch.equal(used[0], used[1])
 
 
+def test_one_motion_is_learned_from_several_clips_in_turn(svd, clip, monkeypatch):
+    other = replace(clip, frames=-clip.frames, fps=5.0)
+    encoded, encode = [], svd.encode
+    monkeypatch.setattr(pipeline.SVD, "encode", lambda self, frames: encoded.append(frames) or encode(frames))
+    monkeypatch.setattr("minimti.invert.augment", lambda frames, generator, flip: frames)
+    learn(svd, [clip, other], recipe=replace(RECIPE, num_cached_views=3))
+    assert all(torch.equal(*pair) for pair in zip(encoded, [c.frames[None] for c in (clip, other, clip)], strict=True))
+
+
+def test_several_clips_start_from_the_mean_of_their_embeddings(svd, clip):
+    other = replace(clip, frames=-clip.frames, fps=5.0)
+    with torch.no_grad():
+        embeddings = (svd.embed(clip.frames) + svd.embed(other.frames)) / 2
+    expected = initialise(embeddings, 5, torch.Generator().manual_seed(0), shared_start=False)
+    motion = learn(svd, [clip, other], recipe="paper", steps=0)
+    assert torch.allclose(motion.tokens, expected, atol=1e-6) and motion.fps == clip.fps
+    assert torch.equal(
+        learn(svd, [clip], recipe="paper", steps=0).tokens, learn(svd, clip, recipe="paper", steps=0).tokens
+    )
+
+
+def test_clips_of_different_shapes_are_refused(svd, clip):
+    for clips in ([], [clip, replace(clip, frames=clip.frames[1:])]):
+        with pytest.raises(ValueError, match="same number of frames"):
+            learn(svd, clips)
+
+
 def test_flip_reaches_the_views(svd, clip, monkeypatch):
     flips, view = [], pipeline.view
     monkeypatch.setattr(pipeline, "view", lambda *args: flips.append(args[3]) or view(*args))

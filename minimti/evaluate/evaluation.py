@@ -51,14 +51,23 @@ class Inversion:
     seed: int
     num_tokens: int = NUM_TOKENS  # N, tokens per set
     shared: bool = False  # one set for all frames and for the layers over time: F' = 1 in the paper
+    num_clips: int = 1  # references that it learns from
 
 
 @dataclass(frozen=True)
 class Case:
-    """A motion: the reference that shows it, and the targets that should move in the same way."""
+    """A motion: the references that show it, and the targets that should move in the same way.
 
-    reference: Scene
+    Their sprites have different shapes and colours; an inversion learns from the first reference or more of them.
+    """
+
+    references: tuple[Scene, ...]
     targets: tuple[Scene, ...]
+
+    @property
+    def reference(self) -> Scene:
+        """The first reference."""
+        return self.references[0]
 
 
 def random_case(
@@ -66,24 +75,29 @@ def random_case(
     config: SVDConfig,
     num_targets: int,
     *,
+    num_references: int = 1,
     num_sprites: int = 1,
     program: tuple[str, ...] | None = None,
     wave: Wave | None = None,
 ) -> Case:
-    """A reference, and targets of other shapes, colours and places, in the size and length of `config`'s clips.
+    """References, and targets of other shapes, colours and places, in the size and length of `config`'s clips.
 
-    Targets face in the direction opposite to the reference's and in the same direction by turns. `num_sprites`,
-    `program` and `wave` are those of `random_scene`.
+    No two references share a shape. Targets face in the direction opposite to the first reference's and in the same
+    direction by turns. `num_sprites`, `program` and `wave` are those of `random_scene`.
     """
     size = config.size[::-1]  # height, width
-    reference = random_scene(rng, size, config.num_frames, num_sprites, program, wave=wave)
-    others = tuple(shape for shape in SHAPES if shape not in [sprite.shape for sprite in reference.sprites])
+    references: list[Scene] = []
+    others = SHAPES
+    for _ in range(num_references):
+        program = references[0].program if references else program
+        references.append(random_scene(rng, size, config.num_frames, num_sprites, program, others, wave=wave))
+        others = tuple(shape for shape in others if shape not in [sprite.shape for sprite in references[-1].sprites])
     targets = []
     for i in range(num_targets):
-        scene = random_scene(rng, size, config.num_frames, num_sprites, reference.program, others, wave=wave)
-        opposite = scene.sprites[0].facing != reference.sprites[0].facing
+        scene = random_scene(rng, size, config.num_frames, num_sprites, references[0].program, others, wave=wave)
+        opposite = scene.sprites[0].facing != references[0].sprites[0].facing
         targets.append(flip(scene) if opposite == bool(i % 2) else scene)
-    return Case(reference, tuple(targets))
+    return Case(tuple(references), tuple(targets))
 
 
 # ---------------------------------------------------------------------------------------------- measures of a clip
@@ -211,12 +225,9 @@ class Evaluation:
             if progress.stage == "learn" and progress.motion is not None and progress.step in steps:
                 kept[progress.step] = replace(progress.motion, tokens=progress.motion.tokens.detach().clone())
 
-        width, height = self.config.size
-        frames, fps = pixels(render(case.reference)), self.config.micro.fps_id + 1
-        times = tuple(i / fps for i in range(len(frames)))
         pipeline.learn(
             self.svd,
-            Clip(frames, fps, times, source="procedural world", source_size=(width, height)),
+            [self._clip(scene) for scene in case.references[: inversion.num_clips]],
             recipe=inversion.recipe,
             num_tokens=inversion.num_tokens,
             shared=inversion.shared,
@@ -224,6 +235,12 @@ class Evaluation:
             progress=keep,
         )
         return [kept[step] for step in steps]
+
+    def _clip(self, scene: Scene) -> Clip:
+        """A scene as if it had been read from a file."""
+        fps = self.config.micro.fps_id + 1
+        times = tuple(i / fps for i in range(scene.num_frames))
+        return Clip(pixels(render(scene)), fps, times, source="procedural world", source_size=self.config.size)
 
     # ------------------------------------------------------------------------------------------ videos
 
