@@ -14,14 +14,13 @@ if __name__ == "__main__":  # before anything else is imported: from here on a s
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import io
 import json
 import os
 import shlex
 import sys
 import time
 import warnings
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,10 +261,11 @@ def main() -> None:
     from minimti.edm import AYS_SIGMAS
     from minimti.io.image import decode_image
     from minimti.pipeline import UNCONDITIONAL_GUIDANCE
-    from minimti.results import digest, ranks, short, wait_for_all
+    from minimti.ranks import of_torchrun
+    from minimti.results import digest, short
     from minimti.svd import GUIDANCE
 
-    rank, world, local = ranks(os.environ)
+    ranks = of_torchrun(os.environ)
     motions = [minimti.Motion.load(path) for path in args.emb]
     args.images = find_images(args.images, args.out)
     check(args, motions)
@@ -278,9 +278,8 @@ def main() -> None:
         name = motions[0].model
         raise InputError(f"{args.emb[0]}: made with a model called {name!r}; pass its file or folder as --model")
 
-    if world > 1 and args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{local}"
-    with redirect_stdout(io.StringIO()) if rank else nullcontext():  # one process says these for all
+    args.device = ranks.device(args.device)
+    with ranks.quiet():  # one process prints these for all
         model = args.model if args.model is not None else motions[0].model if motions else "auto"
         checkpoint, device = cli.find_model(args, model)
         config = checkpoint.config
@@ -318,7 +317,7 @@ def main() -> None:
     about |= {"revision": checkpoint.revision, "minimti": minimti.__version__, "torch": torch.__version__}
     make_folder(jobs[0].path.parent)
     for number, job in enumerate(jobs, start=1):
-        if number % world != rank:
+        if number % ranks.count != ranks.rank:
             continue
         motion = None if job.motion is None else motions[job.motion]
         emb = None if job.motion is None else args.swap or args.emb[job.motion]
@@ -328,9 +327,9 @@ def main() -> None:
         known = {"made from": made_from, "about": {**files, **about, "motion": motion.settings if motion else {}}}
         print(f"video      {number} of {len(jobs)}  {make(args, svd, job, motion, known)}", flush=True)
     if args.compare:
-        if world > 1:
-            wait_for_all()
-        if rank == 0:
+        with ranks.joined():
+            ranks.wait()
+        if ranks.is_first:
             compare(args, jobs, motions, config)
 
 

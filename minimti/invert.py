@@ -17,6 +17,7 @@ from minimti.config import SVDConfig
 from minimti.motion import Motion
 from minimti.muon import SharedMuon
 from minimti.networks.graph import Graphed
+from minimti.ranks import ALONE, Ranks
 from minimti.svd import SVD, Conditioning
 
 View = tuple[Tensor, Conditioning]  # scaled latents [1, F, z, h, w] of the augmented clip, and what conditions them
@@ -77,15 +78,17 @@ def invert(
     recipe: Recipe,
     fetch_every: int | None = None,
     optimizer: "TokenOptimizer | None" = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[float]:
     """Optimises `motion.tokens` in place, from step `motion.steps` to `recipe.steps`, and yields each step's loss.
 
     `views(step)` returns the view for a step. The random draws of a step depend on its number and `motion.seed` alone.
     `optimizer` is that of the recipe (default: a new one).
     Losses are fetched from the device every `fetch_every` steps (default: FETCH_EVERY, on a CPU 1) and yielded then.
+    `ranks`: several processes each add other noise to the same view. Losses and gradients are means over them.
 
-    Raises FloatingPointError after a loss or a gradient that is not finite. Tokens and `motion.steps` are then those of
-    the last good step.
+    Raises FloatingPointError after a loss or a gradient that is not finite, in all processes alike. Tokens and
+    `motion.steps` are then those of the last good step.
     """
     svd.requires_grad_(False)
     optimizer = optimizer or make_optimizer(motion, recipe)
@@ -93,32 +96,39 @@ def invert(
     finite = torch.ones((), dtype=torch.bool, device=motion.tokens.device)  # no step so far went wrong
     fetch_every = fetch_every or (1 if motion.tokens.device.type == "cpu" else FETCH_EVERY)
     scale = None
-    pending: list[tuple[Tensor, Tensor]] = []  # sigma, and the loss on the device
+    pending: list[Tensor] = []  # losses on the device
     for step in range(motion.steps, recipe.steps):
         x0, cond = views(step)
-        sigma, n = draw(recipe, svd.config.sigma_max, motion.seed, step, x0.shape)
+        sigma, n = draw(recipe, svd.config.sigma_max, motion.seed, step * ranks.count + ranks.rank, x0.shape)
         scale = x0.new_full((), x0.numel()) if scale is None else scale
         loss, grad = compute((x0, cond), sigma.to(x0), n.to(x0), scale)
         while svd.dtype == torch.float16 and scale > MIN_SCALE and not grad.isfinite().all():
             scale = scale / 2  # fp16 overflows above 65504
             loss, grad = compute((x0, cond), sigma.to(x0), n.to(x0), scale)
+        loss, grad = ranks.mean(loss, grad)
         finite = finite & loss.isfinite() & grad.isfinite().all()
         _step_if(finite, optimizer, grad)
         motion.steps = step + 1
-        pending.append((sigma, torch.where(finite, loss, torch.nan)))
+        pending.append(torch.where(finite, loss, torch.nan))
         if len(pending) == fetch_every or motion.steps == recipe.steps:
-            losses = torch.stack([loss for _, loss in pending]).tolist()
+            losses = torch.stack(pending).tolist()
             good = list(takewhile(math.isfinite, losses))
             motion.steps -= len(losses) - len(good)
             yield from good
             if len(good) < len(losses):
-                sigma, _ = pending[len(good)]
-                raise FloatingPointError(
-                    f"the loss or gradient of step {motion.steps + 1} (sigma {sigma.item():.3g}, seed {motion.seed}) is"
-                    " not finite: try a lower --lr, or --dtype float32 or bfloat16; the tokens are those of step"
-                    f" {motion.steps}"
-                )
+                raise FloatingPointError(_not_finite(svd, motion, recipe, ranks))
             pending.clear()
+
+
+def _not_finite(svd: SVD, motion: Motion, recipe: Recipe, ranks: Ranks) -> str:
+    """What to print about the step that follows `motion.steps`: the same in all processes."""
+    draws = range(motion.steps * ranks.count, (motion.steps + 1) * ranks.count)
+    sigmas = [draw(recipe, svd.config.sigma_max, motion.seed, index, torch.Size())[0].item() for index in draws]
+    return (
+        f"the loss or gradient of step {motion.steps + 1} (sigma {', '.join(f'{sigma:.3g}' for sigma in sigmas)}, seed"
+        f" {motion.seed}) is not finite: try a lower --lr, or --dtype float32 or bfloat16; the tokens are those of step"
+        f" {motion.steps}"
+    )
 
 
 def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, index: int) -> View:
@@ -132,16 +142,16 @@ def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, index: int) -> Vie
         return svd.encode(frames[None]), svd.prepare(frames[:1], motion.sets, motion.micro, generator)
 
 
-def draw(recipe: Recipe, sigma_max: float, seed: int, step: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The noise level sigma [1] and the unit noise n of a step, drawn on the CPU: the same on every device.
+def draw(recipe: Recipe, sigma_max: float, seed: int, index: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The noise level sigma [1] and the unit noise n of the index-th draw, on the CPU: the same for every device.
 
-    Spread sigmas start at the quantile that step 0 would draw.
+    A step takes a draw for each process. Spread sigmas start at the quantile that draw 0 would have.
     """
-    generator = _generator(seed, 2 * step + 1)
+    generator = _generator(seed, 2 * index + 1)
     quantile = torch.rand(1, generator=generator)
     if recipe.spread_sigmas:
         first = torch.rand(1, generator=_generator(seed, 1))
-        quantile = (first + step * GOLDEN) % 1
+        quantile = (first + index * GOLDEN) % 1
     sigma = edm.training_sigma(quantile, recipe.p_mean, recipe.p_std, sigma_max)
     return sigma, torch.randn(shape, generator=generator)
 
@@ -246,6 +256,6 @@ def _step_if(finite: Tensor, optimizer: TokenOptimizer, grad: Tensor) -> None:
         tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
 
 
-def _generator(seed: int, draw: int) -> torch.Generator:
-    """Draw 2 i is for view i, draw 2 i + 1 for step i. The seed itself is left for the initial tokens."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + draw + 1)
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Number 2 i is for view i, number 2 i + 1 for noise i. The seed itself is left for the initial tokens."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number + 1)

@@ -156,30 +156,6 @@ def short(fingerprint: Mapping[str, Sequence[float]]) -> str:
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:12] if fingerprint else "unknown"
 
 
-def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1, 0 without. Raises InputError for other texts."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in environment for name in names):
-        return 0, 1, 0
-    texts = [environment[name] for name in names]
-    if not all(text.isdecimal() and len(text) < 8 for text in texts) or not int(texts[0]) < int(texts[1]):
-        said = ", ".join(f"{name}={text}" for name, text in zip(names, texts))
-        raise InputError(f"{said}: are not those of torchrun; unset them to run one process")
-    rank, size, local = map(int, texts)
-    return rank, size, local
-
-
-def wait_for_all() -> None:
-    """Returns when every process of torchrun has come here."""
-    from datetime import timedelta
-
-    from torch import distributed
-
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # some may have much more to do than others
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 def flat(contents: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The entries of nested dicts, and what each holds, as texts."""
     for name, value in contents.items():

@@ -87,16 +87,17 @@ def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[Callable[[], None]]:
+def held(agree: Callable[[bool], bool] = bool) -> Iterator[Callable[[], None]]:
     """Within it signals wait until the yielded function is called, which raises Interrupted, or for the block's end.
 
-    An error that ends the block comes before them: its message must not be lost.
+    An error that ends the block comes before them: its message must not be lost. Where several processes work together,
+    `agree` (Ranks.any) makes a signal to one of them stop all at the same call.
     """
     came: list[int] = []
 
     def check() -> None:
-        if came:
-            raise Interrupted(came[0])
+        if agree(bool(came)):
+            raise Interrupted(came[0] if came else signal.SIGTERM)
 
     with handled(lambda number, _: came.append(number)):
         yield check
