@@ -1,6 +1,8 @@
-"""Learn the motion of one reference video as an embedding:  python train.py ref.mp4 --out m.pt
+"""Learn the motion of a reference video as an embedding:  python train.py ref.mp4 --out m.pt
 
 Beside it, m.run/ holds the loss curve and all that --resume needs to go on.
+Several clips give an embedding each, called after them, or with --together one.
+On several GPUs, which share the steps of each embedding:  torchrun --nproc-per-node 2 train.py ref.mp4
 """
 
 if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
@@ -13,22 +15,31 @@ if __name__ == "__main__":  # before anything else is imported: from here on a s
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import os
 import shlex
 import sys
 import time
-from dataclasses import replace
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minimti import cli, signals
 from minimti.config import MODELS, NUM_TOKENS, RECIPES
-from minimti.io.files import check_writable
+from minimti.io.files import InputError, check_folder, check_target, check_writable, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from minimti import Clip, Motion, Progress
+    import torch
+
+    from minimti import Clip, Progress, Recipe
+    from minimti.checkpoint.load import Checkpoint
     from minimti.config import SVDConfig
+    from minimti.invert import State
+    from minimti.ranks import Ranks
+    from minimti.run import Run
     from minimti.svd import SVD
 
 STRIP_HEIGHT = 160  # of a frame in the picture of --dry-run, at most, in pixels
@@ -37,53 +48,10 @@ STRIP_HEIGHT = 160  # of a frame in the picture of --dry-run, at most, in pixels
 def parse() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = cli.Parser(prog="train.py", description=__doc__)
-    clip = parser.add_argument_group("clip").add_argument
-    what = "the clip whose motion is learned: a video file, a pipe, a folder of pictures, or a pattern ('walk/*.png')"
-    clip("video", metavar="CLIP", help=what)
-    start = "when the clip begins, as 3.5, 0:03.5 or 1:02:03.5 (default: 0)"
-    clip("--start", type=cli.seconds, default=0.0, metavar="TIME", help=start)
-    clip("--end", type=cli.seconds, metavar="TIME", help="spread the frames evenly from --start to here")
-    rate = "frames that are taken per second (default: the model's rate, 7: 14 frames of svd are 2 seconds)"
-    clip("--sample-fps", type=cli.number(0.001, 1000), metavar="FPS", help=rate)
-    clip("--stride", type=cli.integer(1, 10**6), metavar="K", help="take every K-th frame, whatever its time")
-    clip("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
-    size = "size to learn at (default: the model's, 1024x576 for svd; upright for a portrait clip)"
-    cli.add_fit_arguments(clip, size)
-    clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
-    dry = "read and check the clip, draw the frames that would be learned beside --out, and stop there"
-    clip("--dry-run", action="store_true", help=dry)
-
-    group = parser.add_argument_group("learning")
-    learning = group.add_argument
-    recipe = (
-        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and a third of the error"
-        " on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
-    )
-    learning("--recipe", choices=RECIPES, help=recipe)
-    learning("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the recipe's)")
-    learning(
-        "--tokens",
-        type=cli.integer(1, 1000),
-        default=NUM_TOKENS,
-        metavar="N",
-        help="tokens per set (default: %(default)s)",
-    )
-    sets = "frames: a token set for each frame and one for the layers over time; shared: one for all (default: frames)"
-    learning("--sets", choices=("frames", "shared"), default="frames", help=sets)
-    cli.add_seed(group)
-
+    add_clip_arguments(parser)
+    add_learning_arguments(parser)
     cli.add_model_arguments(parser, default_model="auto")
-
-    output = parser.add_argument_group("output").add_argument
-    out = "the embedding; a name that ends in .safetensors gives that format (default: %(default)s)"
-    output("--out", default="m.pt", metavar="FILE", help=out)
-    resume = "go on with the unfinished run of --out, or with a finished one for more --steps; settings as before"
-    output("--resume", action="store_true", help=resume)
-    preview = "every K steps, write a video of the clip beside what the tokens make of its first frame"
-    output("--preview", type=cli.integer(1, 10**6), metavar="K", help=preview)
-    save = "steps between two saves of what --resume needs (default: %(default)s)"
-    output("--save-every", type=cli.integer(1, 10**6), default=25, metavar="K", help=save)
-
+    add_output_arguments(parser)
     advanced = cli.add_advanced_arguments(parser).add_argument
     advanced("--lr", type=cli.number(0, 100), help="learning rate (default: the recipe's)")
     advanced("--p-mean", type=cli.number(-10, 10), help="mean of ln(sigma) (default: the model's, 2.8 for svd)")
@@ -93,76 +61,173 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read(args: argparse.Namespace, config: "SVDConfig") -> "Clip":
-    """The clip that the arguments describe, for a model; prints what was taken. Raises InputError."""
-    from minimti import read_clip
-
-    clip = read_clip(
-        args.video,
-        config,
-        num_frames=args.frames,
-        start=args.start,
-        end=args.end,
-        sample_fps=args.sample_fps,
-        stride=args.stride,
-        size=args.size,
-        how=args.fit,
-        center=tuple(args.crop_center),
+def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "clip"."""
+    clip = parser.add_argument_group("clip").add_argument
+    what = (
+        "the clip whose motion is learned: a video file, a pipe, a folder of pictures, or a pattern ('walk/*.png');"
+        " several give an embedding each"
     )
-    height, width = clip.frames.shape[-2:]
-    sizes = f"{clip.source_size[0]}x{clip.source_size[1]} fitted to {width}x{height}"
-    print(f"reference  {clip.source}: {len(clip.times)} frames, {sizes}")
-    print(f"           {clip.about()}")
-    for note in clip.notes:
-        print(f"note       {note}")
-    return clip
+    clip("clips", nargs="+", metavar="CLIP", help=what)
+    together = "learn one motion from all clips, such as one action by different subjects, which take turns"
+    clip("--together", action="store_true", help=together)
+    start = "when a clip begins, as 3.5, 0:03.5 or 1:02:03.5 (default: 0)"
+    clip("--start", type=cli.seconds, default=0.0, metavar="TIME", help=start)
+    clip("--end", type=cli.seconds, metavar="TIME", help="spread the frames evenly from --start to here")
+    rate = "frames that are taken per second (default: the model's rate, 7: 14 frames of svd are 2 seconds)"
+    clip("--sample-fps", type=cli.number(0.001, 1000), metavar="FPS", help=rate)
+    clip("--stride", type=cli.integer(1, 10**6), metavar="K", help="take every K-th frame, whatever its time")
+    clip("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
+    size = "size to learn at (default: the model's, 1024x576 for svd; upright for a portrait clip)"
+    cli.add_fit_arguments(clip, size)
+    clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
+    dry = "read and check the clips, draw the frames that would be learned beside --out, and stop there"
+    clip("--dry-run", action="store_true", help=dry)
 
 
-def dry_run(args: argparse.Namespace) -> None:
-    """Reads and checks the clip, draws it as it is and in three augmented views, and prints what a step will need."""
+def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "learning"."""
+    group = parser.add_argument_group("learning")
+    learning = group.add_argument
+    recipe = (
+        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and a third of the error"
+        " on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
+    )
+    learning("--recipe", choices=RECIPES, help=recipe)
+    learning("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the recipe's)")
+    tokens = "tokens per set (default: %(default)s)"
+    learning("--tokens", type=cli.integer(1, 1000), default=NUM_TOKENS, metavar="N", help=tokens)
+    sets = "frames: a token set for each frame and one for the layers over time; shared: one for all (default: frames)"
+    learning("--sets", choices=("frames", "shared"), default="frames", help=sets)
+    cli.add_seed(group)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "output"."""
+    output = parser.add_argument_group("output").add_argument
+    out = (
+        "the embedding; a name that ends in .safetensors gives that format (default: m.pt). For several clips, or where"
+        " it is a folder: the folder of embeddings that are called after their clips (default: this folder)"
+    )
+    output("--out", metavar="PATH", help=out)
+    resume = (
+        "go on with the unfinished run of --out, or with a finished one for more --steps; settings as before. For"
+        " several clips, finished embeddings are kept, and missing ones begun"
+    )
+    output("--resume", action="store_true", help=resume)
+    preview = "every K steps, write a video of the clip beside what the tokens make of its first frame"
+    output("--preview", type=cli.integer(1, 10**6), metavar="K", help=preview)
+    save = "steps between two saves of what --resume needs (default: %(default)s)"
+    output("--save-every", type=cli.integer(1, 10**6), default=25, metavar="K", help=save)
+
+
+def plan(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
+    """The embeddings to be made, and the clips of each.
+
+    Raises InputError where a clip is missing, or an embedding cannot be written, would replace another or an input.
+    """
+    from minimti.io.video import check_source
+
+    for clip in args.clips:
+        check_source(clip)
+    inputs = [*args.clips, args.model or ""]
+    several = len(args.clips) > 1 and not args.together
+    out = args.out if args.out is not None else "." if several else "m.pt"
+    if not several and (args.together or not os.path.isdir(out)):
+        return [(check_writable(out, *inputs), args.clips)]
+    if several and (Path(out).suffix in (".pt", ".safetensors") or os.path.isfile(out)):
+        advice = "name a folder, or learn one from all with --together"
+        raise InputError(f"--out {out}: one file cannot hold {len(args.clips)} embeddings; {advice}")
+    check_folder(out)
+    named = [(check_target(Path(out) / f"{name_of(clip)}.pt", *inputs), [clip]) for clip in args.clips]
+    path, count = Counter(path for path, _ in named).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{count} clips would all become {path.name}; learn them apart, with an --out each")
+    return named
+
+
+def name_of(clip: str) -> str:
+    """The name of a clip, without its folder and its suffix; of a pattern, that of the folder."""
+    path = Path(os.path.abspath(clip))
+    if os.path.exists(clip):
+        return path.name if path.is_dir() else path.stem
+    return path.parent.name
+
+
+def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "list[Clip]":
+    """The clips of an embedding, all at the size of the first; prints what was taken. Raises InputError."""
+    from minimti import read_clip
+    from minimti.io.pixels import oriented
+
+    clips: list[Clip] = []
+    for source in sources:
+        clip = read_clip(
+            source,
+            config,
+            num_frames=args.frames,
+            start=args.start,
+            end=args.end,
+            sample_fps=args.sample_fps,
+            stride=args.stride,
+            size=(clips[0].frames.shape[-1], clips[0].frames.shape[-2]) if clips else args.size,
+            how=args.fit,
+            center=tuple(args.crop_center),
+        )
+        height, width = clip.frames.shape[-2:]
+        sizes = f"{clip.source_size[0]}x{clip.source_size[1]} fitted to {width}x{height}"
+        print(f"reference  {clip.source}: {len(clip.times)} frames, {sizes}")
+        print(f"           {clip.about()}")
+        notes = [*clip.notes]
+        if clips and not args.size and oriented((width, height), *clip.source_size) != (width, height):
+            notes.append(f"{clip.source} is not upright or lying as {clips[0].source} is, whose size it is read at")
+        for note in notes:
+            print(f"note       {note}")
+        clips.append(clip)
+    return clips
+
+
+def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> None:
+    """Reads and checks the clips of all embeddings, draws them as they would be learned, prints what that will need."""
     import torch
-    from torchvision.transforms.v2.functional import resize
 
-    from minimti.augment import augment
-    from minimti.config import MODELS
-    from minimti.io.write import write_strip
-    from minimti.pipeline import automatic, check_device, default_device, describe_step, find
+    from minimti.pipeline import automatic, check_device, default_device, describe_learning, find
 
-    path = Path(args.out).with_name(f"{Path(args.out).stem}-strip.png")
-    check_writable(path, args.video)
     device = check_device(args.device or default_device())
     model = automatic(device) if args.model in (None, "auto") else args.model
     config = MODELS[model] if model in MODELS else find(model, device).config
-    clip = read(args, config)
-    generator = torch.Generator().manual_seed(args.seed)
-    views = [clip.frames, *(augment(clip.frames, generator, not args.no_flip) for _ in range(3))]
-    height, width = clip.frames.shape[-2:]
-    scale = min(1, STRIP_HEIGHT / height)
-    write_strip(path, torch.stack([resize(view, [round(scale * height), round(scale * width)]) for view in views]))
     dtype = args.dtype and getattr(torch, args.dtype)
-    print(f"memory     {describe_step(config, clip, device, dtype, args.memory)}")
-    print(f"strip      {path}: the frames, and below them three views as they are augmented; nothing was learned")
+    for out, sources in named:
+        make_folder(out.parent)  # it is missing only where it is that of several embeddings
+        path = check_writable(out.with_name(f"{out.stem}-strip.png"), *args.clips)
+        clips = read(args, config, sources)
+        draw(args, path, clips)
+        needs = describe_learning(config, clips[0], recipe_of(args, config).steps, device, dtype, args.memory)
+        for name, text in needs:
+            print(f"{name:10} {text}")
+        what = "the frames" if len(clips) == 1 else "the frames of each clip"
+        print(f"strip      {path}: {what}, and below them three views as they are augmented; nothing was learned")
 
 
-def main() -> None:
-    """Parse, learn, report."""
-    args = parse()
+def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]") -> None:
+    """Draws each clip as it is, and below it three augmented views."""
     import torch
 
-    from minimti import learn, make_recipe
-    from minimti.checkpoint.fingerprint import fingerprint
-    from minimti.io.video import check_source
-    from minimti.pipeline import make_budget
-    from minimti.run import Run, digest
+    from minimti.augment import augment
+    from minimti.io.write import write_strip
+    from minimti.run import strip_of
 
-    check_source(args.video)
-    check_writable(args.out, args.video, args.model or "")
-    if args.dry_run:
-        dry_run(args)
-        return
-    checkpoint, device = cli.find_model(args, "auto" if args.model is None else args.model)
-    config = checkpoint.config
-    recipe = cli.overridden(
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = []
+    for clip in clips:
+        rows += [clip.frames, *(augment(clip.frames, generator, not args.no_flip) for _ in range(3))]
+    write_strip(path, strip_of(rows, STRIP_HEIGHT))
+
+
+def recipe_of(args: argparse.Namespace, config: "SVDConfig") -> "Recipe":
+    """How tokens are optimised, as the arguments say, on a model."""
+    from minimti import make_recipe
+
+    return cli.overridden(
         make_recipe(config, args.recipe),
         steps=args.steps,
         lr=args.lr,
@@ -170,89 +235,170 @@ def main() -> None:
         p_std=args.p_std,
         num_cached_views=args.cache,
     )
-    clip = read(args, config)
-    # What the tokens depend on, besides weights and steps.
-    settings = {"model": config.name, "clip": digest(clip.frames), "tokens": args.tokens, "sets": args.sets}
+
+
+@dataclass
+class Job:
+    """An embedding to be learned."""
+
+    clips: "list[Clip]"
+    run: "Run"
+    settings: dict[str, Any]  # what the tokens depend on, besides weights and steps
+
+
+def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: Path, sources: list[str]) -> Job:
+    """Reads the clips of an embedding. Raises InputError."""
+    from minimti.run import Run, digest
+
+    clips = read(args, config, sources)
+    settings = {"model": config.name, "clip": digest(clips), "tokens": args.tokens, "sets": args.sets}
     settings |= {"flip": not args.no_flip, "seed": args.seed, "dtype": args.dtype, "vae-dtype": args.vae_dtype}
-    settings |= {name: value for name, value in vars(recipe).items() if name != "steps"}
-
-    with Run(args.out, args.save_every) as run:
-        state = run.find(settings, args.steps, device) if args.resume else None
-        recipe = replace(recipe, steps=max(run.steps, args.steps or 0)) if args.resume else recipe
-        began = time.perf_counter()
-        svd = cli.load_model(args, checkpoint, device)
-        seconds = time.perf_counter() - began
-        print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
-        size = clip.frames.shape[-1], clip.frames.shape[-2]
-        budget = make_budget(svd, len(clip.frames), size, args.memory, training=True)
-        print(f"memory     {budget.describe()}")
-        facts = {"command": command(), "clip": clip.source, "times": clip.about(), "memory": budget.memory}
-        facts |= {"weights": str(checkpoint.path), "revision": checkpoint.revision or "", "torch": torch.__version__}
-
-        with signals.held() as check:  # it waits for the end of a step, and for files to be whole
-            weights = fingerprint(svd.unet)
-            if args.resume:
-                notes = run.resume(state, weights, args.steps)
-            else:
-                notes = run.begin(settings, weights, recipe.steps, command())
-            print(*notes, sep="\n", end="\n" * bool(notes))
-            run.show_clip(clip.frames)
-
-            bars, shown = cli.Bars(), state.steps if state else 0
-
-            def watch(progress: "Progress") -> None:
-                nonlocal shown
-                bars(progress)
-                run(progress)
-                if progress.motion is not None:
-                    if progress.step < progress.motion.steps:
-                        return  # on a GPU losses arrive late, and the tokens are ahead of them
-                    if args.preview and progress.step // args.preview > shown // args.preview:
-                        path = run.path(f"preview-{progress.step:05}.mp4")
-                        preview(path, svd, progress.motion, clip, lambda _: check())
-                        shown = progress.step
-                check()
-
-            options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
-            options |= {"seed": args.seed, "memory": budget, "release": not args.preview}
-            try:
-                learn(svd, clip, recipe=recipe, progress=watch, resume=state, **options)
-            finally:  # an interrupt at step 900 keeps the 900
-                bars.close()
-                motion = run.last and run.last.motion
-                if motion is not None and (motion.steps > 0 or recipe.steps == 0):
-                    motion.settings = facts | {"steps": run.text(motion.steps)}
-                    run.finish(motion)
-                    shape = "x".join(map(str, motion.tokens.shape))
-                    print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
-                    print(f"next       {following(args, finished=motion.steps == run.steps)}")
+    settings |= {name: value for name, value in vars(recipe_of(args, config)).items() if name != "steps"}
+    return Job(clips, Run(out, args.save_every), settings | {"ranks": ranks.count})
 
 
-def preview(path: Path, svd: "SVD", motion: "Motion", clip: "Clip", progress: "Callable[[Progress], None]") -> None:
-    """Writes a video of the clip and, beside it, of what the motion makes of the clip's first frame."""
-    import torch
+def unfinished(args: argparse.Namespace, jobs: list[Job], device: "torch.device") -> list[Job]:
+    """The jobs that --resume leaves to be done; of several, those that are finished are not. Raises InputError."""
+    from minimti.run import NothingLeft
 
-    from minimti import animate, write_clip
-    from minimti.io.pixels import to_uint8
+    left = []
+    for job in jobs:
+        try:
+            if job.run.is_begun or len(jobs) == 1:
+                job.run.find(job.settings, args.steps, device)  # again when its turn comes: a state is large
+            left.append(job)
+        except NothingLeft as error:
+            if len(jobs) == 1:
+                raise
+            print(f"kept       {error}")
+    return left
 
-    motion = replace(motion, tokens=motion.tokens.clone())
-    memory = "low" if svd.budget.memory == "low" else "balanced"  # what the step itself needs stays allocated
-    video = animate(svd, motion, clip.frames[:1], seed=motion.seed, memory=memory, progress=progress)
-    write_clip(path, torch.cat([to_uint8(clip.frames), video], dim=-1), clip.fps)  # [F, 3, H, 2 W]
+
+def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tuple[Recipe, State | None]":
+    """Begins the run of a job, or goes on with it: how many steps there are in all, and where it stands."""
+    from minimti.checkpoint.fingerprint import fingerprint
+
+    run, recipe, state = job.run, recipe_of(args, svd.config), None
+    resumed = args.resume and run.is_begun
+    if resumed:
+        state = run.find(job.settings, args.steps, svd.device)
+        recipe = replace(recipe, steps=run.steps)
+    ranks.wait()  # until all have read what is there
+    if ranks.is_first:
+        weights = fingerprint(svd.unet)
+        if resumed:
+            notes = run.resume(state, weights)
+        else:
+            notes = run.begin(job.settings, weights, recipe.steps, command(ranks))
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        run.show_clips(job.clips)
+    return recipe, state
 
 
-def command() -> str:
+def learn_job(
+    args: argparse.Namespace,
+    svd: "SVD",
+    job: Job,
+    facts: dict[str, str],
+    ranks: "Ranks",
+    check: "Callable[[], None]",
+    is_last: bool,
+) -> None:
+    """Learns an embedding and writes it, also where that is interrupted: `check` raises Interrupted after a signal."""
+    from minimti import learn
+    from minimti.pipeline import make_budget
+    from minimti.run import Previews
+
+    run, clips, bars = job.run, job.clips, cli.Bars()
+    size = clips[0].frames.shape[-1], clips[0].frames.shape[-2]
+    budget = make_budget(svd, len(clips[0].frames), size, args.memory, training=True)
+    print(f"memory     {budget.describe()}")
+    recipe, state = begin(args, svd, job, ranks)
+    watchers: list[Callable[[Progress], None]] = [bars, run] if ranks.is_first else []
+    if args.preview:
+        watchers.append(Previews(run, svd, clips[0], args.preview, check, writes=ranks.is_first))
+
+    def watch(progress: "Progress") -> None:
+        for watcher in watchers:
+            watcher(progress)
+        if progress.is_settled:
+            check()
+
+    options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
+    options |= {"seed": args.seed, "memory": budget, "release": is_last and not args.preview}
+    try:
+        learn(svd, clips, recipe=recipe, progress=watch, resume=state, ranks=ranks, **options)
+    finally:  # an interrupt at step 900 keeps the 900
+        bars.close()
+        facts |= {"clip": ", ".join(clip.source for clip in clips), "times": "; ".join(clip.about() for clip in clips)}
+        finish(run, facts | {"memory": budget.memory})
+
+
+def finish(run: "Run", facts: dict[str, str]) -> None:
+    """Writes the embedding of a run, where it has taken a step or needs none."""
+    motion = run.last and run.last.motion
+    if motion is not None and (motion.steps > 0 or run.steps == 0):
+        motion.settings = facts | {"steps": run.text(motion.steps)}
+        run.finish(motion)
+        shape = "x".join(map(str, motion.tokens.shape))
+        print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
+
+
+def command(ranks: "Ranks") -> str:
     """The command line of this program, without --resume."""
-    return shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume")])
+    start = ["python"] if ranks.count == 1 else ["torchrun", "--nproc-per-node", str(ranks.count)]
+    return shlex.join([*start, *(argument for argument in sys.argv if argument != "--resume")])
 
 
-def following(args: argparse.Namespace, finished: bool) -> str:
+def following(args: argparse.Namespace, jobs: list[Job], ranks: "Ranks") -> str:
     """The command line to type next."""
-    if not finished:
-        return f"{command()} --resume"
+    if not all(job.run.is_done for job in jobs):
+        return f"{command(ranks)} --resume"
     named = args.model is None or args.model in MODELS  # else the embedding's model cannot be found by its name
     model = [] if named else ["--model", args.model]
-    return shlex.join(["python", "sample.py", "--emb", args.out, "img.png", *model])
+    embeddings = [word for job in jobs for word in ("--emb", str(job.run.out))]
+    return shlex.join(["python", "sample.py", *embeddings, "img.png", *model])
+
+
+def load(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "SVD":
+    """Loads the model, and prints how long that took."""
+    began = time.perf_counter()
+    svd = cli.load_model(args, checkpoint, device)
+    seconds = time.perf_counter() - began
+    print(f"model      {checkpoint.config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
+    return svd
+
+
+def main() -> None:
+    """Parse, learn, report."""
+    args = parse()
+    import torch
+
+    from minimti.ranks import of_torchrun
+
+    ranks = of_torchrun(os.environ)
+    with ranks.quiet(), ExitStack() as stack:
+        named = plan(args)
+        if args.dry_run:
+            return dry_run(args, named) if ranks.is_first else None
+        args.device = ranks.device(args.device)
+        checkpoint, device = cli.find_model(args, "auto" if args.model is None else args.model)
+        jobs = [job_of(args, checkpoint.config, ranks, out, sources) for out, sources in named]
+        if ranks.is_first:  # the only one that writes
+            for job in jobs:
+                stack.enter_context(job.run)
+        left = unfinished(args, jobs, device) if args.resume else jobs
+        stack.enter_context(ranks.joined())
+        svd = load(args, checkpoint, device)
+        facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}
+        facts["torch"] = torch.__version__
+        check = stack.enter_context(signals.held(ranks.any))  # it waits for a step's end, and for files to be whole
+        try:
+            for job in left:
+                learn_job(args, svd, job, facts, ranks, check, is_last=job is left[-1])
+        finally:
+            if any(job.run.done is not None for job in jobs):
+                print(f"next       {following(args, jobs, ranks)}")
 
 
 if __name__ == "__main__":

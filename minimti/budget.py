@@ -24,6 +24,8 @@ UNFUSED = 1.3  # times that for "max" without the fused operators (networks/fuse
 MARGIN = 1.05  # an allocator needs more than the sum of live tensors
 RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
 LEAST_CHANNELS = 160  # narrower networks need more per channel
+# Seconds of a training step with SVD, 14 frames of 1024x576, bfloat16 (bench/results/h100-2026-11-26.txt).
+SECONDS = {"NVIDIA H100": {"max": 0.299, "fast": 0.349, "balanced": 0.370}}
 
 
 class SVDNetworks(Protocol):
@@ -108,6 +110,15 @@ def budget_of(memory: str, num_frames: int, device: str = "cuda") -> Budget:
         decoder=DECODERS[memory],
         park=memory != "max" and not on_cpu,
     )
+
+
+def seconds_of_step(card: str, memory: str) -> float | None:
+    """Seconds of a training step with SVD at its size in bfloat16; None where that has not been measured.
+
+    card    the name of the device, as torch.cuda.get_device_name gives it
+    memory  one of MEMORY_MODES
+    """
+    return next((modes.get(memory) for name, modes in SECONDS.items() if card.startswith(name)), None)
 
 
 def _needed(

@@ -127,9 +127,13 @@ def overridden(settings: Any, **values: Any) -> Any:
 
 def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch.device]":
     """The checkpoint of a model and the device of --device; prints the model's note. Raises InputError."""
+    import torch
+
     from minimti import pipeline
 
     device = pipeline.check_device(args.device or pipeline.default_device())
+    if device.type == "cuda":  # CUDA graphs and Triton's kernels run on the current one
+        torch.cuda.set_device(device)
     checkpoint = pipeline.find(model, device, args.revision)
     if checkpoint.revision:
         print(f"revision   {checkpoint.revision}")

@@ -1,7 +1,7 @@
 """The two ways through the model, `learn` and `animate`, for command lines, notebooks and experiments alike."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from minimti import edm
-from minimti.budget import Budget, plan
+from minimti.budget import Budget, plan, seconds_of_step
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
 from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
-from minimti.config import NUM_TOKENS, SCHEDULES, MicroConditioning, SVDConfig, printable
+from minimti.config import MODELS, NUM_TOKENS, SCHEDULES, MicroConditioning, SVDConfig, printable
 from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_optimizer, make_recipe, view
 from minimti.io.files import InputError
@@ -24,6 +24,7 @@ from minimti.motion import Motion, initialise
 from minimti.networks.attention import SpatioTemporalTransformer
 from minimti.networks.recompute import compile_parts
 from minimti.networks.unet import UNet
+from minimti.ranks import ALONE, Ranks
 from minimti.svd import GUIDANCE, SVD
 
 UNCONDITIONAL_GUIDANCE = (1.0, 10.0)  # for the motion alone, as in figure 6
@@ -39,6 +40,11 @@ class Progress:
     loss: float | None = None  # in "learn": that of the step
     motion: Motion | None = None  # in "learn"; changes in place, and on a GPU may be some steps ahead: motion.steps
     state: Callable[[], State] | None = None  # in "learn": a copy of where motion.steps stands, for `resume`
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the tokens, if there are any yet, are those of `step`, and no further."""
+        return self.motion is None or self.motion.steps == self.step
 
 
 def load(
@@ -101,27 +107,45 @@ def check_device(device: str | torch.device) -> torch.device:
     return probe.device
 
 
-def make_budget(svd: SVD, num_frames: int, size: tuple[int, int], memory: str = "auto", *, training: bool) -> Budget:
+def make_budget(
+    svd: SVD, num_frames: int, size: tuple[int, int], memory: str | Budget = "auto", *, training: bool
+) -> Budget:
     """How `learn` (training) or `animate` will use the memory of the model's device. Raises as `budget.plan` does.
 
     size    (width, height) in pixels
-    memory  "auto", or one of config.MEMORY_MODES
+    memory  "auto", or one of config.MEMORY_MODES; a Budget stays as it is
     """
+    if isinstance(memory, Budget):
+        return memory
     device = svd.device or next(svd.parameters()).device
     free, kind = available_memory(device), device.type
     return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=free, device=kind)
 
 
-def describe_step(
-    config: SVDConfig, clip: Clip, device: torch.device, dtype: torch.dtype | None = None, memory: str = "auto"
-) -> str:
-    """What a step of `learn` would need, in one line; no weights are read. Raises as `budget.plan` does."""
+def describe_learning(
+    config: SVDConfig, clip: Clip, steps: int, device: torch.device, dtype: torch.dtype | None, memory: str
+) -> Iterator[tuple[str, str]]:
+    """("memory", what a step of `learn` needs) and ("time", what all steps take), in words; no weights are read.
+
+    There is no time for small models, which take minutes anywhere. Raises as `budget.plan` does.
+    """
+    dtype = dtype or default_dtype(device)
     with torch.device("meta"):
         svd = SVD(config)
-    svd.unet.to(dtype or default_dtype(device))
+    svd.unet.to(dtype)
     svd.device = device
-    size = clip.frames.shape[-1], clip.frames.shape[-2]
-    return make_budget(svd, len(clip.frames), size, memory, training=True).describe()
+    height, width = clip.frames.shape[-2:]
+    budget = make_budget(svd, len(clip.frames), (width, height), memory, training=True)
+    yield "memory", budget.describe()
+    official = MODELS["svd"]
+    if config.unet == official.unet:
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        as_measured = (len(clip.frames), sorted((width, height))) == (official.num_frames, sorted(official.size))
+        seconds = seconds_of_step(card, budget.memory) if as_measured and dtype == torch.bfloat16 else None
+        if seconds is None:
+            yield "time", f"not measured on {card} at this size, precision and memory mode"
+        else:
+            yield "time", f"about {seconds * steps / 60:.0f} minutes for {steps} steps, besides loading and encoding"
 
 
 def learn(
@@ -138,6 +162,7 @@ def learn(
     progress: Callable[[Progress], None] = lambda _: None,
     release: bool = False,
     resume: State | None = None,
+    ranks: Ranks = ALONE,
 ) -> Motion:
     """The motion of a clip as an embedding: motion-textual inversion (paper 3.3, B.2).
 
@@ -156,6 +181,7 @@ def learn(
     release     free networks for good after their last use here, instead of parking them on the CPU
     resume      go on from here, with the clip and the settings of the run that it is from. `steps` counts all steps:
                 those done before too. More of them than that run had: set State.begun for another cosine of the rate
+    ranks       joined processes that learn together: a step takes other noise in each of them, and the mean gradient
 
     The tokens are on the device of the model. Raises FloatingPointError after a loss or gradient that is not finite,
     ValueError for an unknown recipe or clips that do not fit together, RuntimeError where a network has been released.
@@ -167,7 +193,7 @@ def learn(
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps)
     clips = torch.stack([c.frames for c in together]).to(svd.device)  # [clips, F, 3, H, W]
     num_frames, size = clips.shape[1], (clips.shape[-1], clips.shape[-2])
-    svd.use(make_budget(svd, num_frames, size, memory, training=True) if isinstance(memory, str) else memory)
+    svd.use(make_budget(svd, num_frames, size, memory, training=True))
     done_with = svd.release if release else svd.park
     if resume is None:
         with torch.no_grad():
@@ -202,7 +228,7 @@ def learn(
     optimizer = make_optimizer(motion, recipe, resume)
     state = partial(_state, motion, optimizer, cached, resume.begun if resume else 0)
     progress(Progress("learn", motion.steps, recipe.steps, motion=motion, state=state))
-    losses = invert(svd, views, motion, recipe, optimizer=optimizer)
+    losses = invert(svd, views, motion, recipe, optimizer=optimizer, ranks=ranks)
     for step, loss in enumerate(losses, start=motion.steps + 1):
         progress(Progress("learn", step, recipe.steps, loss, motion, state))
     return motion
@@ -270,7 +296,7 @@ def animate(
         raise ValueError(f"a sample takes at least one step, not {steps}")
     image = image.to(svd.device)
     num_frames, size = config.num_frames if motion is None else motion.num_frames, (image.shape[-1], image.shape[-2])
-    budget = make_budget(svd, num_frames, size, memory, training=False) if isinstance(memory, str) else memory
+    budget = make_budget(svd, num_frames, size, memory, training=False)
     if motion is None:
         tokens, own = svd.tokens_of(image, config.num_frames), config.micro
     else:

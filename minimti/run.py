@@ -4,7 +4,7 @@ settings.json     the command, and all that the tokens depend on
 log.jsonl         a line for each step
 state.pt          tokens and optimiser: where --resume goes on
 views.pt          the encoded views of the clip
-clip.png          the frames that are learned
+clip.png          the frames that are learned, a row for each clip
 loss.png          the loss over the steps
 preview-00100.mp4 the clip, and beside it what the tokens of a step make of its first frame (--preview)
 lock              held by the process that trains
@@ -17,8 +17,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,14 +31,20 @@ from minimti import __version__
 from minimti.checkpoint.fingerprint import differs
 from minimti.invert import State, View
 from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
-from minimti.io.write import write_strip
+from minimti.io.pixels import to_uint8
+from minimti.io.video import Clip
+from minimti.io.write import write_clip, write_strip
 from minimti.motion import Motion
-from minimti.pipeline import Progress
-from minimti.svd import Conditioning
+from minimti.pipeline import Progress, animate
+from minimti.svd import SVD, Conditioning
 
 SMOOTHED = 50  # losses in the mean that the curve shows
 DRAW_SECONDS = 60  # at least so long between two drawings of the curve while training: one takes half a second
 STRIP_HEIGHT = 128  # of a frame in clip.png, at most, in pixels
+
+
+class NothingLeft(InputError):
+    """The run has taken all of its steps."""
 
 
 class Run:
@@ -50,6 +57,8 @@ class Run:
         self.out, self.save_every = Path(out), save_every
         self.folder = _folder(self.out)
         self.legs: list[int] = []  # steps of each schedule of the rate: [500]; [500, 200] where 200 were added
+        self.adds = False  # whether the last schedule follows a finished run
+        self.done: int | None = None  # steps of the embedding, once it is there
         self.saved, self.saved_views = -1, 0  # the step of state.pt, the number of views in views.pt
         self.log: list[dict[str, float]] = []  # the lines of log.jsonl
         self.written = 0  # of them, those in the file
@@ -75,6 +84,16 @@ class Run:
         """All steps of the run, those of earlier schedules too."""
         return sum(self.legs)
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether its folder is there."""
+        return self.path("settings.json").is_file()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the embedding is there, after all steps."""
+        return self.done == self.steps
+
     def path(self, name: str) -> Path:
         """A file of the folder."""
         return self.folder / name
@@ -87,7 +106,7 @@ class Run:
             self._lock()
         new_out, new_folder = _free(self.out)
         moved = _rename(self.out, new_out)
-        if self.path("settings.json").exists():
+        if self.is_begun:
             moved += _rename(self.folder, new_folder)
             self._lock()
         self.legs = [steps]
@@ -95,12 +114,12 @@ class Run:
         return moved
 
     def find(self, settings: dict[str, Any], steps: int | None, device: torch.device) -> State | None:
-        """The state to go on from; None where the run was stopped before all views were encoded.
+        """The state to go on from; None where the run was stopped before all views were encoded. Writes nothing.
 
         `steps` is the number asked for: None or that of the run, or more where the run is finished.
-        Raises InputError where there is no run, or it is one of other settings.
+        Raises InputError where there is no run, or it is one of other settings, NothingLeft where it is finished.
         """
-        if not self.path("settings.json").is_file():
+        if not self.is_begun:
             raise InputError(f"{self.folder}: no run to resume; leave --resume out to begin one")
         try:
             found = json.loads(self.path("settings.json").read_text())
@@ -118,26 +137,31 @@ class Run:
         done = state.steps if state else 0
         if done < self.steps and steps not in (None, self.steps):
             raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
-        if done == self.steps and (steps is None or steps <= done) and self.out.exists():
-            more = f"--steps {done + max(self.legs[0] // 2, 1)}"
-            raise InputError(f"{self.folder}: has taken its {self.text(done)} steps; {more}, say, takes more")
+        added = (steps or 0) - done if done == self.steps else 0
+        self.adds = added > 0
+        if done == self.steps and not self.adds and self.out.exists():
+            self.done = done
+            advice = f"--steps {done + max(self.legs[0] // 2, 1)}"
+            raise NothingLeft(f"{self.folder}: has taken its {self.text(done)} steps; {advice}, say, takes more")
+        if self.adds:
+            self.legs.append(added)
+        if state:
+            state.begun = sum(self.legs[:-1])
         return state
 
-    def resume(self, state: State | None, weights: dict[str, list[float]], steps: int | None) -> list[str]:
+    def resume(self, state: State | None, weights: dict[str, list[float]]) -> list[str]:
         """Goes on with the run that `find` found; returns what to print. Raises InputError for other weights."""
         if differs(weights, self.weights):
             raise InputError(f"{self.folder}: was made with other weights of this model")
+        if state is None:
+            return []
         said: list[str] = []
-        if state:
-            if state.steps == self.steps and steps is not None:
-                said += _rename(self.out, _free(self.out)[0])
-                self.legs.append(steps - state.steps)
-                self._write_settings(json.loads(self.path("settings.json").read_text()))
-            state.begun = sum(self.legs[:-1])
-            self.saved = state.steps
-            self.log = [entry for entry in _entries(self.path("log.jsonl")) if entry["step"] <= state.steps]
-            said.append(f"run        {self.folder}: goes on after {state.steps} steps")
-        return said
+        if self.adds:
+            said += _rename(self.out, _free(self.out)[0])
+            self._write_settings(json.loads(self.path("settings.json").read_text()))
+        self.saved = state.steps
+        self.log = [entry for entry in _entries(self.path("log.jsonl")) if entry["step"] <= state.steps]
+        return [*said, f"run        {self.folder}: goes on after {state.steps} steps"]
 
     def text(self, done: int) -> str:
         """Steps in words: 500, or 312 of 500, or 500 + 200."""
@@ -183,9 +207,8 @@ class Run:
         else:
             seconds = round(time.perf_counter() - self.began, 3)
             self.log.append({"step": progress.step, "loss": progress.loss, "seconds": seconds})
-        # on a GPU losses arrive some steps late; the tokens are those of motion.steps
-        due = progress.step >= self.saved + self.save_every and progress.step == progress.motion.steps
-        due = due and progress.step < progress.steps  # at the end the embedding comes first: `finish`
+        # on a GPU losses arrive some steps late; at the end the embedding comes first: `finish`
+        due = progress.step >= self.saved + self.save_every and progress.is_settled and progress.step < progress.steps
         if due or progress.loss is None:
             self.save()
             if time.perf_counter() - self.drawn > DRAW_SECONDS:
@@ -209,6 +232,7 @@ class Run:
         """Saves all: state, embedding, curve. Raises OSError where there is no space."""
         with self._explained():
             motion.save(self.out)
+        self.done = motion.steps
         self.save()
         self.draw()
 
@@ -219,12 +243,10 @@ class Run:
                 draw_losses(part, self.log, self.legs)
         self.drawn = time.perf_counter()
 
-    def show_clip(self, frames: Tensor) -> None:
-        """Draws clip.png, of frames [F, 3, H, W] in [-1,1]."""
-        height, width = frames.shape[-2:]
-        scale = min(1, STRIP_HEIGHT / height)
+    def show_clips(self, clips: Sequence[Clip]) -> None:
+        """Draws clip.png, a row for each clip; they have the same size and number of frames."""
         with self._explained():
-            write_strip(self.path("clip.png"), T.resize(frames, [round(scale * height), round(scale * width)])[None])
+            write_strip(self.path("clip.png"), strip_of([clip.frames for clip in clips], STRIP_HEIGHT))
 
     def _write_log(self) -> None:
         if self.written == 0:  # a resumed run may have logged steps that it takes again
@@ -260,9 +282,48 @@ class Run:
         return State(fields["tokens"], fields["optimizer"], fields["steps"], views)
 
 
-def digest(frames: Tensor) -> str:
-    """A name for the contents of a clip."""
-    return hashlib.sha256(frames.numpy().tobytes()).hexdigest()[:16]
+class Previews:
+    """An object to be called with each Progress of `learn`: every so many steps it shows what the tokens are worth.
+
+    It writes preview-00100.mp4: the clip, and beside it what the tokens make of the clip's first frame.
+    """
+
+    def __init__(self, run: Run, svd: SVD, clip: Clip, every: int, check: Callable[[], None], *, writes: bool = True):
+        self.run, self.svd, self.clip, self.every = run, svd, clip, every
+        self.check = check  # called between two steps of sampling; an exception that it raises ends them
+        self.writes = writes  # False in all processes of torchrun but one
+        self.shown = 0  # steps at the last preview, or where the run began or was resumed
+
+    def __call__(self, progress: Progress) -> None:
+        """Writes a preview where it is time to."""
+        if progress.stage != "learn" or progress.motion is None or not progress.is_settled:
+            return
+        if progress.loss is None:
+            self.shown = progress.step
+        elif progress.step // self.every > self.shown // self.every:
+            self.shown = progress.step
+            motion = replace(progress.motion, tokens=progress.motion.tokens.clone())
+            memory = "low" if self.svd.budget.memory == "low" else "balanced"  # what the step needs stays allocated
+            first, check = self.clip.frames[:1], lambda _: self.check()
+            video = animate(self.svd, motion, first, seed=motion.seed, memory=memory, progress=check)
+            beside = torch.cat([to_uint8(self.clip.frames), video], dim=-1)  # [F, 3, H, 2 W]
+            if self.writes:
+                write_clip(self.run.path(f"preview-{progress.step:05}.mp4"), beside, self.clip.fps)
+
+
+def digest(clips: Sequence[Clip]) -> str:
+    """A name for the contents of clips in their order."""
+    found = hashlib.sha256()
+    for clip in clips:
+        found.update(clip.frames.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def strip_of(rows: Sequence[Tensor], most: int) -> Tensor:
+    """Rows of frames [F, 3, H, W] of one size -> [R, F, 3, h, w] for `write_strip`, with h at most `most`."""
+    height, width = rows[0].shape[-2:]
+    scale = min(1, most / height)
+    return torch.stack([T.resize(row, [round(scale * height), round(scale * width)]) for row in rows])
 
 
 def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int]) -> None:

@@ -44,7 +44,7 @@ def resumed(out, steps=None, save_every=2, settings=None, weights=WEIGHTS):
     """-> the run, and the state that it goes on from."""
     with Run(out, save_every) as run:
         state = run.find(settings or {"seed": 0}, steps, CPU)
-        run.resume(state, weights, steps)
+        run.resume(state, weights)
         yield run, state
 
 
@@ -254,13 +254,14 @@ def test_the_folder_is_called_after_the_embedding(out, folder):
 
 
 def test_an_unfinished_run_goes_on_with_the_settings_that_it_was_begun_with(mini_svd, clip, tmp_path):
-    settings = {"clip": digest(clip.frames), "seed": 0, "lr": 0.01}
+    settings = {"clip": digest([clip]), "seed": 0, "lr": 0.01}
     with begun(tmp_path / "m.pt", settings=settings) as run:
         train(mini_svd, clip, run, stop=2)
     for other, message in (
         ({"seed": 1}, "m.run: is a run of seed 0, not 1; give"),
         ({"lr": 0.02}, "m.run: is a run of lr 0.01, not 0.02; give"),
-        ({"clip": digest(clip.frames + 0.01)}, "m.run: is a run of another clip; give"),
+        ({"clip": digest([replace(clip, frames=clip.frames + 0.01)])}, "m.run: is a run of another clip; give"),
+        ({"clip": digest([clip, clip])}, "m.run: is a run of another clip; give"),
     ):
         with pytest.raises(InputError, match=message), resumed(tmp_path / "m.pt", settings=settings | other):
             pass
@@ -390,15 +391,15 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_is_named(mini_svd, clip, u
 
 def test_the_pictures_show_the_clip_and_the_losses(mini_svd, clip, tmp_path):
     with begun(tmp_path / "m.pt") as run:
-        run.show_clip(clip.frames)
+        run.show_clips([clip])
         train(mini_svd, clip, run)
     strip, curve = (Image.open(tmp_path / "m.run" / f"{name}.png").convert("RGB") for name in ("clip", "loss"))
     assert strip.size == (4 * MINI.size[0], MINI.size[1]) and curve.size == (800, 400)
     assert len(curve.getcolors(1 << 20)) > 20
     with Run(tmp_path / "n.pt", 1) as run:
         run._lock()
-        run.show_clip(torch.zeros(2, 3, 256, 512))
-    assert Image.open(tmp_path / "n.run" / "clip.png").size == (2 * 256, 128)
+        run.show_clips([replace(clip, frames=torch.zeros(2, 3, 256, 512))] * 3)
+    assert Image.open(tmp_path / "n.run" / "clip.png").size == (2 * 256, 3 * 128)
 
 
 def test_a_curve_has_a_line_where_steps_were_added(tmp_path):

@@ -92,7 +92,7 @@ def inputs(module: ModuleType) -> list[Path]:
     args = module.parse()
     named = [
         *getattr(args, "images", []),
-        *np.atleast_1d(getattr(args, "video", [])),
+        *getattr(args, "clips", []),
         *getattr(args, "emb", []),
         getattr(args, "swap", None),
         args.model,
