@@ -261,16 +261,18 @@ def unfinished(args: argparse.Namespace, jobs: list[Job], device: "torch.device"
     """The jobs that --resume leaves to be done; of several, those that are finished are not. Raises InputError."""
     from minimti.run import NothingLeft
 
-    left = []
+    left, finished = [], []
     for job in jobs:
         try:
             if job.run.is_begun or len(jobs) == 1:
                 job.run.find(job.settings, args.steps, device)  # again when its turn comes: a state is large
             left.append(job)
         except NothingLeft as error:
-            if len(jobs) == 1:
-                raise
-            print(f"kept       {error}")
+            finished.append(error)
+    if not left:
+        raise finished[0]
+    for error in finished:
+        print(f"kept       {error}")
     return left
 
 
@@ -394,8 +396,10 @@ def main() -> None:
         facts["torch"] = torch.__version__
         check = stack.enter_context(signals.held(ranks.any))  # it waits for a step's end, and for files to be whole
         try:
-            for job in left:
-                learn_job(args, svd, job, facts, ranks, check, is_last=job is left[-1])
+            for number, job in enumerate(left, start=1):
+                if len(left) > 1:
+                    print(f"learning   {number} of {len(left)}  {job.run.out}")
+                learn_job(args, svd, job, facts, ranks, check, is_last=number == len(left))
         finally:
             if any(job.run.done is not None for job in jobs):
                 print(f"next       {following(args, jobs, ranks)}")
