@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
 from minimti.io.write import write_clip
 from minimti.motion import Motion, initialise
+from minimti.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
@@ -412,6 +413,15 @@ TRAIN = [
     (["ref.mp4", "--fit", "fill"], "argument --fit: invalid choice: 'fill'"),
     (["ref.mp4", "--dry-run", "--out", "no/m.pt"], "no/m.pt: cannot be written (No such file or directory)"),
     (["none*.png", *SMALL_FILE], "none*.png: no file has such a name"),
+    (["ref.mp4", "nothing.mp4"], "nothing.mp4: no such file"),
+    (["ref.mp4", "img.png", *SMALL_FILE], "img.png: only one frame is there from 0 s on; a clip needs at least two"),
+    (["ref.mp4", "img.png", "--together", *SMALL_FILE], "img.png: only one frame is there"),
+    (["ref.mp4", "copy/ref.mp4"], "2 clips would all become ref.pt; learn them apart, with an --out each"),
+    (["ref.mp4", "up.mp4", "--out", "x.pt"], "x.pt: one file cannot hold 2 embeddings; name a folder, or learn one"),
+    (["ref.mp4", "up.mp4", "--out", "ref.txt"], "ref.txt: one file cannot hold 2 embeddings; name a folder"),
+    (["ref.mp4", "up.mp4", "--out", "img.png/new"], "img.png/new: cannot be made a folder (Not a directory)"),
+    (["ref.mp4", "up.mp4", "--out", "copy", "--model", "copy/up.pt"], "copy/up.pt: is an input; name another file"),
+    (["ref.mp4", "up.mp4", "--together", "--out", "copy"], "copy: is a folder, not a file"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
     (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt"),
     (["ref.mp4", "--model", "svd"], "svd: the download from https://huggingface.co failed (OfflineModeIsEnabled"),
@@ -464,6 +474,9 @@ def oddities(work):
     (work / "copy").mkdir(exist_ok=True)
     for copy in (work / "copy" / "img.png", work / "second.png"):
         Image.open(work / "img.png").save(copy)
+    for copy in (work / "copy" / "ref.mp4", work / "up.mp4"):
+        copy.write_bytes((work / "ref.mp4").read_bytes())
+    (work / "copy" / "up.pt").touch()
     (work / "ref.txt").touch()
     Image.fromarray(np.zeros((64, 64), np.int32)).save(work / "deep.tif")
     fields = torch.load(work / "m.pt", weights_only=True)
@@ -619,6 +632,99 @@ def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token
     clip = (read_clip(work / "ref.mp4", SMALL).frames + 1) * 127.5
     assert (frames[..., :128] - clip).abs().mean() < 4 < (frames[..., 128:] - clip).abs().mean()
     assert torch.equal(Motion.load(work / "plain.pt").tokens, Motion.load(work / "shown.pt").tokens)
+
+
+# ----------------------------------------------------------------------------------------------------- several clips
+
+
+SHORT = (*SMALL_FILE, "--tokens", "2", "--steps", "2", "--cache", "2")
+
+
+@pytest.fixture
+def clips(work) -> list[str]:
+    """The names of two clips, of which the second is upright."""
+    frames = read_clip(work / "ref.mp4", SMALL, num_frames=12, stride=1, size=(64, 128), how="stretch").frames
+    write_clip(work / "up.mp4", to_uint8(frames.flip(0)), 10)
+    return ["ref.mp4", "up.mp4"]
+
+
+def test_several_clips_give_an_embedding_each_with_one_model(work, call, clips, monkeypatch):
+    """The same as one by one. After a fault in the second, --resume keeps the first."""
+    loads, load, learned, learn = [], pipeline.load, [], pipeline.learn
+
+    def failing(svd, given, **options):
+        learned.append(given[0].source)
+        if learned == clips:
+            raise FloatingPointError("step 1 is not finite")
+        return learn(svd, given, **options)
+
+    monkeypatch.setattr(pipeline, "load", lambda *args, **options: loads.append(1) or load(*args, **options))
+    monkeypatch.setattr(pipeline, "learn", failing)
+    args = ("train.py", *clips, *SMALL_FILE, "--steps", "1", "--cache", "1", "--out", "each/of")
+    code, out, error = call(*args)
+    assert code == 1 and len(loads) == 1 and error.endswith("train.py: error: step 1 is not finite\n")
+    assert "learning   2 of 2  each/of/up.pt" in out and out.endswith("--out each/of --resume\n")
+    assert sorted(path.name for path in (work / "each/of").iterdir()) == ["ref.pt", "ref.run", "up.run"]
+    before = (work / "each/of/ref.pt").read_bytes()
+    code, out, error = call(*args, "--resume")
+    assert code == 0 and "kept       each/of/ref.run: has taken its 1 steps" in out, error
+    assert "\nnext       python sample.py --emb each/of/ref.pt --emb each/of/up.pt img.png" in out
+    assert (work / "each/of/ref.pt").read_bytes() == before and learned == [*clips, "up.mp4"]
+    assert call(*args, "--resume")[0] == 2  # nothing is left
+    assert call("train.py", "up.mp4", *args[3:-1], "each")[0] == 0
+    alone, among = Motion.load(work / "each/up.pt"), Motion.load(work / "each/of/up.pt")
+    assert torch.equal(alone.tokens, among.tokens) and among.size == (64, 128)
+    assert among.settings["clip"] == "up.mp4"
+
+
+def test_clips_are_learned_together(work, call, clips):
+    """As `learn` does; at the size of the first, and with the first as the preview."""
+    args = ("train.py", *clips, "--together", *SHORT, "--out", "both.pt")
+    code, out, error = call(*args, "--preview", "2")
+    assert code == 0 and "both.pt: 5x2x48 tokens after 2 steps" in out, error
+    assert "note       up.mp4 is not upright or lying as ref.mp4 is, whose size it is read at" in out
+    assert "train.py: warning: up.mp4: only 25% of the picture is used" in error
+    motion = Motion.load(work / "both.pt")
+    assert motion.settings["clip"] == "ref.mp4, up.mp4" and motion.size == SMALL.size
+    assert Image.open(work / "both.run" / "clip.png").size == (4 * 128, 2 * 64)
+    assert properties(work / "both.run" / "preview-00002.mp4")[2:5] == (4, 256, 64)
+    read = [read_clip(name, SMALL, size=SMALL.size) for name in clips]
+    recipe = replace(make_recipe(SMALL), steps=2, num_cached_views=2)
+    svd = minimti.load("small.safetensors", device="cpu")
+    assert torch.equal(motion.tokens, pipeline.learn(svd, read, recipe=recipe, num_tokens=2).tokens)
+    code, _, error = call("train.py", *clips[::-1], "--together", *SHORT, "--out", "both.pt", "--resume")
+    assert code == 2 and "both.run: is a run of another clip" in error
+    code, out, _ = call(*args, "--dry-run")
+    assert code == 0 and "both-strip.png: the frames of each clip" in out
+    assert Image.open(work / "both-strip.png").size == (4 * 128, 2 * 4 * 64)
+
+
+@pytest.mark.parametrize(
+    "clip, name",
+    [("walk.mp4", "walk"), ("a/b.c.mov", "b.c"), ("v1.2", "v1.2"), ("v1.2/", "v1.2"), ("v1.2/*.png", "v1.2")],
+)
+def test_an_embedding_is_called_after_its_clip(tmp_path, monkeypatch, clip, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v1.2").mkdir()
+    (tmp_path / "a").mkdir()
+    for file in ("walk.mp4", "a/b.c.mov"):
+        (tmp_path / file).touch()
+    assert train.name_of(clip) == name
+
+
+def test_the_second_process_of_torchrun_prints_and_writes_nothing(work, call, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    met = []
+    monkeypatch.setattr(Ranks, "joined", lambda self: nullcontext())
+    monkeypatch.setattr(Ranks, "any", lambda self, flag: bool(met.append(flag)))
+    monkeypatch.setattr(Ranks, "mean", lambda self, *tensors: tensors)
+    before = set(work.rglob("*"))
+    args = ("train.py", "ref.mp4", *SHORT, "--size", "64x64", "--frames", "2", "--preview", "2", "--out", "second.pt")
+    code, out, error = call(*args)
+    assert (code, out, error) == (0, "", "") and set(work.rglob("*")) == before
+    # before anything is written, after each view, before the first step and after each, in each step of the preview
+    assert len(met) == 1 + 2 + 1 + 2 + SMALL.num_steps
 
 
 def test_a_log_gets_a_line_every_few_percent(capfd):

@@ -108,6 +108,29 @@ def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
             minimti.load("tiny", device=device)
 
 
+def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
+    """Nowhere else: not on another card, at another size, in another mode, in another precision."""
+    svd, frames, card = MODELS["svd"], torch.empty(14, 3, 576, 1024, device="meta"), "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(pipeline, "available_memory", lambda device: 80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    cuda, cpu, half = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    clip = Clip(frames, 7.0, (0.0,) * 14, "ref.mp4", (1024, 576))
+    upright, short = replace(clip, frames=frames.transpose(2, 3)), replace(clip, frames=frames[:13])
+    for described, expected in (
+        ((svd, clip, 1000, cuda, None, "auto"), "about 5 minutes for 1000 steps, besides loading and encoding"),
+        ((svd, upright, 500, cuda, half, "balanced"), "about 3 minutes for 500 steps, besides loading and encoding"),
+        ((svd, clip, 1000, cuda, half, "low"), f"not measured on {card} at this size, precision and memory mode"),
+        ((svd, short, 1000, cuda, half, "max"), f"not measured on {card} at this size, precision and memory mode"),
+        ((svd, clip, 1000, cuda, torch.float32, "max"), f"not measured on {card} at this size, precision and memory"),
+        ((svd, clip, 1000, cpu, half, "max"), "not measured on cpu at this size, precision and memory mode"),
+    ):
+        lines = dict(pipeline.describe_learning(*described))
+        assert lines["memory"].endswith(" of 80.0 GiB") and lines["time"].startswith(expected)
+    card = "NVIDIA A100"
+    assert dict(pipeline.describe_learning(svd, clip, 1000, cuda, None, "max"))["time"].startswith("not measured on NV")
+    assert "time" not in dict(pipeline.describe_learning(MODELS["tiny"], clip, 150, cpu, None, "auto"))
+
+
 # --------------------------------------------------------------------------------------------------------------- learn
 
 
