@@ -157,7 +157,6 @@ def name_of(clip: str) -> str:
 def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "list[Clip]":
     """The clips of an embedding, all at the size of the first; prints what was taken. Raises InputError."""
     from minimti import read_clip
-    from minimti.io.pixels import oriented
 
     clips: list[Clip] = []
     for source in sources:
@@ -173,16 +172,16 @@ def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "
             how=args.fit,
             center=tuple(args.crop_center),
         )
+        clips.append(clip)
         height, width = clip.frames.shape[-2:]
         sizes = f"{clip.source_size[0]}x{clip.source_size[1]} fitted to {width}x{height}"
         print(f"reference  {clip.source}: {len(clip.times)} frames, {sizes}")
         print(f"           {clip.about()}")
-        notes = [*clip.notes]
-        if clips and not args.size and oriented((width, height), *clip.source_size) != (width, height):
-            notes.append(f"{clip.source} is not upright or lying as {clips[0].source} is, whose size it is read at")
-        for note in notes:
-            print(f"note       {note}")
-        clips.append(clip)
+        print(*(f"note       {note}\n" for note in clip.notes), sep="", end="")
+        upright, first_upright = (size[0] < size[1] for size in (clip.source_size, clips[0].source_size))
+        if upright != first_upright and not args.size:
+            as_it_is = "upright" if upright else "lying"
+            print(f"note       {clip.source} is {as_it_is}, unlike {clips[0].source}, at whose size it is read")
     return clips
 
 
@@ -244,6 +243,7 @@ class Job:
     clips: "list[Clip]"
     run: "Run"
     settings: dict[str, Any]  # what the tokens depend on, besides weights and steps
+    is_last: bool = False  # whether no other follows
 
 
 def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: Path, sources: list[str]) -> Job:
@@ -297,28 +297,15 @@ def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tu
     return recipe, state
 
 
-def learn_job(
-    args: argparse.Namespace,
-    svd: "SVD",
-    job: Job,
-    facts: dict[str, str],
-    ranks: "Ranks",
-    check: "Callable[[], None]",
-    is_last: bool,
-) -> None:
-    """Learns an embedding and writes it, also where that is interrupted: `check` raises Interrupted after a signal."""
-    from minimti import learn
-    from minimti.pipeline import make_budget
+def watching(
+    args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks", check: "Callable[[], None]", bars: cli.Bars
+) -> "Callable[[Progress], None]":
+    """The `progress` of `learn`: it shows, logs, saves and previews, and then stops after a signal."""
     from minimti.run import Previews
 
-    run, clips, bars = job.run, job.clips, cli.Bars()
-    size = clips[0].frames.shape[-1], clips[0].frames.shape[-2]
-    budget = make_budget(svd, len(clips[0].frames), size, args.memory, training=True)
-    print(f"memory     {budget.describe()}")
-    recipe, state = begin(args, svd, job, ranks)
-    watchers: list[Callable[[Progress], None]] = [bars, run] if ranks.is_first else []
+    watchers: list[Callable[[Progress], None]] = [bars, job.run] if ranks.is_first else []
     if args.preview:
-        watchers.append(Previews(run, svd, clips[0], args.preview, check, writes=ranks.is_first))
+        watchers.append(Previews(job.run, svd, job.clips[0], args.preview, check, writes=ranks.is_first))
 
     def watch(progress: "Progress") -> None:
         for watcher in watchers:
@@ -326,21 +313,41 @@ def learn_job(
         if progress.is_settled:
             check()
 
+    return watch
+
+
+def learn_job(
+    args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks", check: "Callable[[], None]", facts: dict[str, str]
+) -> None:
+    """Learns an embedding and writes it, also where that is interrupted: `check` raises Interrupted after a signal.
+
+    `facts` are the settings of the embedding that are those of all jobs.
+    """
+    from minimti import learn
+    from minimti.pipeline import budget_of_learning
+
+    clips, bars = job.clips, cli.Bars()
+    budget = budget_of_learning(svd, clips[0], args.memory)
+    print(f"memory     {budget.describe()}")
+    recipe, state = begin(args, svd, job, ranks)
+    watch = watching(args, svd, job, ranks, check, bars)
     options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
-    options |= {"seed": args.seed, "memory": budget, "release": is_last and not args.preview}
+    options |= {"seed": args.seed, "memory": budget, "release": job.is_last and not args.preview}
     try:
         learn(svd, clips, recipe=recipe, progress=watch, resume=state, ranks=ranks, **options)
     finally:  # an interrupt at step 900 keeps the 900
         bars.close()
-        facts |= {"clip": ", ".join(clip.source for clip in clips), "times": "; ".join(clip.about() for clip in clips)}
-        finish(run, facts | {"memory": budget.memory})
+        sources, times = ", ".join(clip.source for clip in clips), "; ".join(clip.about() for clip in clips)
+        finish(job.run, facts | {"clip": sources, "times": times, "memory": budget.memory})
 
 
 def finish(run: "Run", facts: dict[str, str]) -> None:
     """Writes the embedding of a run, where it has taken a step or needs none."""
+    import torch
+
     motion = run.last and run.last.motion
     if motion is not None and (motion.steps > 0 or run.steps == 0):
-        motion.settings = facts | {"steps": run.text(motion.steps)}
+        motion.settings = facts | {"steps": run.text(motion.steps), "torch": torch.__version__}
         run.finish(motion)
         shape = "x".join(map(str, motion.tokens.shape))
         print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
@@ -374,8 +381,6 @@ def load(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.devi
 def main() -> None:
     """Parse, learn, report."""
     args = parse()
-    import torch
-
     from minimti.ranks import of_torchrun
 
     ranks = of_torchrun(os.environ)
@@ -390,16 +395,16 @@ def main() -> None:
             for job in jobs:
                 stack.enter_context(job.run)
         left = unfinished(args, jobs, device) if args.resume else jobs
+        left[-1].is_last = True
         stack.enter_context(ranks.joined())
         svd = load(args, checkpoint, device)
         facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}
-        facts["torch"] = torch.__version__
         check = stack.enter_context(signals.held(ranks.any))  # it waits for a step's end, and for files to be whole
         try:
             for number, job in enumerate(left, start=1):
                 if len(left) > 1:
                     print(f"learning   {number} of {len(left)}  {job.run.out}")
-                learn_job(args, svd, job, facts, ranks, check, is_last=number == len(left))
+                learn_job(args, svd, job, ranks, check, facts)
         finally:
             if any(job.run.done is not None for job in jobs):
                 print(f"next       {following(args, jobs, ranks)}")

@@ -122,6 +122,11 @@ def make_budget(
     return plan(svd, svd.config, num_frames, size, training=training, memory=memory, available=free, device=kind)
 
 
+def budget_of_learning(svd: SVD, clip: Clip, memory: str = "auto") -> Budget:
+    """How `learn` will use the memory for a clip, or for several of its size. Raises as `budget.plan` does."""
+    return make_budget(svd, len(clip.frames), (clip.frames.shape[-1], clip.frames.shape[-2]), memory, training=True)
+
+
 def describe_learning(
     config: SVDConfig, clip: Clip, steps: int, device: torch.device, dtype: torch.dtype | None, memory: str
 ) -> Iterator[tuple[str, str]]:
@@ -134,13 +139,13 @@ def describe_learning(
         svd = SVD(config)
     svd.unet.to(dtype)
     svd.device = device
-    height, width = clip.frames.shape[-2:]
-    budget = make_budget(svd, len(clip.frames), (width, height), memory, training=True)
+    budget = budget_of_learning(svd, clip, memory)
     yield "memory", budget.describe()
     official = MODELS["svd"]
     if config.unet == official.unet:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        as_measured = (len(clip.frames), sorted((width, height))) == (official.num_frames, sorted(official.size))
+        shape = len(clip.frames), *sorted(clip.frames.shape[-2:])
+        as_measured = shape == (official.num_frames, *sorted(official.size))
         seconds = seconds_of_step(card, budget.memory) if as_measured and dtype == torch.bfloat16 else None
         if seconds is None:
             yield "time", f"not measured on {card} at this size, precision and memory mode"
