@@ -2,7 +2,7 @@
 
 Beside it, m.run/ holds the loss curve and all that --resume needs to go on.
 Several clips give an embedding each, called after them, or with --together one.
-On several GPUs, which share the steps of each embedding:  torchrun --nproc-per-node 2 train.py ref.mp4
+On several GPUs, each of which adds other noise in every step:  torchrun --nproc-per-node 2 train.py ref.mp4
 """
 
 if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
@@ -250,10 +250,14 @@ def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: P
     """Reads the clips of an embedding. Raises InputError."""
     from minimti.run import Run, digest
 
-    clips = read(args, config, sources)
+    clips, recipe = read(args, config, sources), recipe_of(args, config)
+    if 0 < recipe.num_cached_views < len(clips):
+        raise InputError(
+            f"{len(clips)} clips take turns in {recipe.num_cached_views} views; give a larger --cache, or 0"
+        )
     settings = {"model": config.name, "clip": digest(clips), "tokens": args.tokens, "sets": args.sets}
     settings |= {"flip": not args.no_flip, "seed": args.seed, "dtype": args.dtype, "vae-dtype": args.vae_dtype}
-    settings |= {name: value for name, value in vars(recipe_of(args, config)).items() if name != "steps"}
+    settings |= {name: value for name, value in vars(recipe).items() if name != "steps"}
     return Job(clips, Run(out, args.save_every), settings | {"ranks": ranks.count})
 
 

@@ -422,6 +422,7 @@ TRAIN = [
     (["ref.mp4", "up.mp4", "--out", "img.png/new"], "img.png/new: cannot be made a folder (Not a directory)"),
     (["ref.mp4", "up.mp4", "--out", "copy", "--model", "copy/up.pt"], "copy/up.pt: is an input; name another file"),
     (["ref.mp4", "up.mp4", "--together", "--out", "copy"], "copy: is a folder, not a file"),
+    (["ref.mp4", "ref.mp4", "--together", "--cache", "1", *SMALL_FILE], "2 clips take turns in 1 views; give a larger"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
     (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt"),
     (["ref.mp4", "--model", "svd"], "svd: the download from https://huggingface.co failed (OfflineModeIsEnabled"),
