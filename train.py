@@ -252,9 +252,8 @@ def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: P
 
     clips, recipe = read(args, config, sources), recipe_of(args, config)
     if 0 < recipe.num_cached_views < len(clips):
-        raise InputError(
-            f"{len(clips)} clips take turns in {recipe.num_cached_views} views; give a larger --cache, or 0"
-        )
+        views = f"the {recipe.num_cached_views} views of --cache"
+        raise InputError(f"{len(clips)} clips cannot take turns in {views}; give a larger number, or 0")
     settings = {"model": config.name, "clip": digest(clips), "tokens": args.tokens, "sets": args.sets}
     settings |= {"flip": not args.no_flip, "seed": args.seed, "dtype": args.dtype, "vae-dtype": args.vae_dtype}
     settings |= {name: value for name, value in vars(recipe).items() if name != "steps"}
