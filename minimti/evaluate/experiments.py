@@ -6,6 +6,7 @@ label of a table row and by quantity, a value for every target of every motion.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from minimti.attention_maps import AttentionMaps, heat_maps
 from minimti.config import NUM_TOKENS
 from minimti.evaluate import figures
 from minimti.evaluate.evaluation import (
+    NUM_REFERENCES,
     Case,
     Evaluation,
     Inversion,
@@ -48,6 +50,15 @@ def transfer(evaluation: Evaluation) -> Result:
         rows += [render(case.reference), *evaluation.clips(case, evaluation.learn(case))[:2]]
     figures.write_rows(evaluation.folder / "transfer.png", rows[: 3 * figures.MOTIONS])
     return {"learned motion": judge(evaluation, evaluation.learn)}
+
+
+def together(evaluation: Evaluation) -> Result:
+    """One motion learned from several clips, of different sprites, in as many steps as `transfer` takes for one."""
+    result: Result = {}
+    for number in range(2, NUM_REFERENCES + 1):
+        inversion = replace(evaluation.inversion(), num_clips=number)
+        result[f"learned from {number} clips"] = judge(evaluation, partial(evaluation.learn, inversion=inversion))
+    return result
 
 
 def baselines(evaluation: Evaluation) -> Result:
@@ -150,24 +161,31 @@ def keeps_shape(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:
 
 
 def kinds(evaluation: Evaluation) -> Result:
-    """Figures 8 and 12: other kinds of motion: two sprites, camera motion, and gaits that differ only in rhythm."""
+    """Figures 8 and 12: two sprites, camera motion, and gaits that differ only in rhythm.
+
+    Beside the learned motion the true caption, the best that the model can do; captions have no words for gaits.
+    """
     rng, config, num_targets = evaluation.rng, evaluation.config, evaluation.settings.kind_targets
-    forward = ("forward",) * NUM_SLOTS
-    cases = {
-        "two sprites": {str(k): random_case(rng(2, 0, k), config, num_targets, num_sprites=2) for k in range(2)},
-        "camera": {
-            word: random_case(rng(2, 1, k), config, num_targets, program=(word,) * NUM_SLOTS)
-            for k, word in enumerate(CAMERA_WORDS)
-        },
-        "gait": {
-            f"period {wave.period:g}": random_case(rng(2, 2, k), config, num_targets, program=forward, wave=wave)
-            for k, wave in enumerate(GAITS)
-        },
+    cases: dict[str, dict[str, Case]] = {"pans": {}, "zooms": {}}
+    for k, word in enumerate(CAMERA_WORDS):
+        case = random_case(rng(2, 1, k), config, num_targets, program=(word,) * NUM_SLOTS)
+        cases["zooms" if "zoom" in word else "pans"][word] = case
+    cases["two sprites"] = {str(k): random_case(rng(2, 0, k), config, num_targets, num_sprites=2) for k in range(2)}
+    cases["gaits"] = {
+        f"period {wave.period:g}": random_case(
+            rng(2, 2, k), config, num_targets, program=("forward",) * NUM_SLOTS, wave=wave
+        )
+        for k, wave in enumerate(GAITS)
     }
-    return {
-        kind: {"error": {name: evaluation.errors(case, evaluation.learn(case)) for name, case in of_kind.items()}}
-        for kind, of_kind in cases.items()
-    }
+    result: Result = {}
+    for kind, drawn in cases.items():
+        if kind != "gaits":
+            captions = {name: evaluation.caption(case.reference) for name, case in drawn.items()}
+            errors = {name: evaluation.errors(case, captions[name]) for name, case in drawn.items()}
+            result[f"{kind}, true caption"] = {"error": errors}
+        errors = {name: evaluation.errors(case, evaluation.learn(case)) for name, case in drawn.items()}
+        result[f"{kind}, learned motion"] = {"error": errors}
+    return result
 
 
 def ablation(evaluation: Evaluation) -> Result:
@@ -273,6 +291,7 @@ def shares_of(inversion: Inversion, shares: tuple[float, ...]) -> list[int]:
 EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {
     "caption": caption,
     "transfer": transfer,
+    "together": together,
     "baselines": baselines,
     "flip": flipped,
     "swap": swap,

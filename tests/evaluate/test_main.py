@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from official import SMALLER as SMALL
 from official import write_official
 
@@ -54,6 +55,17 @@ def test_the_same_seed_gives_the_same_numbers(call, tmp_path):
         assert code == 0, error
     rows = [json.loads((tmp_path / name).read_text())["seeds"]["7"]["caption"]["rows"] for name in ("a.json", "b.json")]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.full
+def test_two_processes_find_what_one_does(call, tmp_path):
+    torch.set_num_threads(1)  # as each of the two has
+    for jobs in ("1", "2"):
+        args = ("--only", "caption", "transfer", "--seeds", "7", "8", "--json", f"{jobs}.json", "--jobs", jobs)
+        code, out, error = call(*FEW, *args, "--out", jobs)
+        assert code == 0 and len(out.splitlines()) == 6, (out, error)
+    one, two = (json.loads((tmp_path / name).read_text())["seeds"] for name in ("1.json", "2.json"))
+    assert [one[s][e]["rows"] for s in one for e in one[s]] == [two[s][e]["rows"] for s in one for e in one[s]]
 
 
 @pytest.mark.parametrize(
