@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from minimti.attention_maps import AttentionMaps, heat_maps
 from minimti.config import NUM_TOKENS
@@ -27,7 +29,7 @@ from minimti.evaluate.results import Result, Values
 from minimti.motion import Motion
 from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
-from minimti.world.scene import CAMERA_WORDS, Scene, Wave, flip, render, trajectory
+from minimti.world.scene import CAMERA_WORDS, Program, Scene, Trajectory, Wave, flip, render, trajectory
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import search
 
@@ -158,6 +160,61 @@ def keeps_shape(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:
     pixels = clip.astype(np.float32) / 255
     own, other = (search(pixels, s)[1].mean() for s in (scene, replace(scene, sprites=(disguised,))))
     return bool(own < other)
+
+
+def editing(evaluation: Evaluation) -> Result:
+    """Whether the sets of an embedding can be edited like the frames of a film, which the paper leaves open.
+
+    The rate of targets that move as the edit's name says, rather than as before; for "mixed", rather than as the first
+    of the two. Targets are left out for which both are the same motion.
+    """
+    names, cases = [*evaluation.cases], [*evaluation.cases.values()]
+    rates: dict[str, Values] = {}
+    for name, case, other in zip(names, cases, cases[1:] + cases[:1]):
+        motion = evaluation.learn(case)
+        program, others = case.reference.program, other.reference.program
+        programs = edited_programs(program, others)
+        for edit, tokens in edited_tokens(motion.tokens, evaluation.learn(other).tokens).items():
+            answers = rates.setdefault(edit, {}).setdefault(name, [])
+            for i, scene in enumerate(case.targets):
+                own = moved(scene, program)
+                wanted = moved(scene, programs[edit]) if edit in programs else mean_path(own, moved(scene, others))
+                clip = evaluation.animate(scene, replace(motion, tokens=tokens), i)
+                answers.append(follows(clip, scene, wanted, own))
+    return {f"sets {edit}": {"rate": answers} for edit, answers in rates.items()}
+
+
+def edited_tokens(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Edits of the sets of two motions, tokens [F + 1, N, d] each. With sets of both, temporal sets are averaged."""
+    num_frames, mean = len(a) - 1, (a + b) / 2
+    half = num_frames // 2
+    return {
+        "reversed": torch.cat([a[:-1].flip(0), a[-1:]]),
+        "stretched": torch.cat([a[torch.arange(num_frames) // 2], a[-1:]]),
+        "cut together": torch.cat([a[:half], b[half:-1], mean[-1:]]),
+        "mixed": mean,
+    }
+
+
+def edited_programs(a: Program, b: Program) -> dict[str, Program]:
+    """What the same edits make of two programs, where that is a program."""
+    half = NUM_SLOTS // 2
+    return {
+        "reversed": a[::-1],
+        "stretched": tuple(a[k // 2] for k in range(NUM_SLOTS)),
+        "cut together": a[:half] + b[half:],
+    }
+
+
+def moved(scene: Scene, program: Program) -> Trajectory:
+    """Where the sprite of a scene would go by another program."""
+    return trajectory(replace(scene, program=program))[0]
+
+
+def mean_path(a: Trajectory, b: Trajectory) -> Trajectory:
+    """Halfway between two paths of the same sprite."""
+    x, y, length, angle = ((getattr(a, name) + getattr(b, name)) / 2 for name in ("x", "y", "length", "angle"))
+    return Trajectory(x, y, length, angle, a.facing)
 
 
 def kinds(evaluation: Evaluation) -> Result:
@@ -296,6 +353,7 @@ EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {
     "flip": flipped,
     "swap": swap,
     "appearance": appearance,
+    "editing": editing,
     "kinds": kinds,
     "ablation": ablation,
     "optimiser": optimiser,
