@@ -28,7 +28,7 @@ from minimti.world.scene import Scene, Trajectory, Wave, flip, paint, random_sce
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import motion_error, track
 
-NUM_REFERENCES = 3  # of each motion: `together` learns from up to so many clips
+NUM_REFERENCES = 3  # of each motion: the most clips from which an experiment learns one
 DISTINCT = 0.5  # motion error between two motions, below which a clip cannot show which of them it follows
 
 

@@ -16,7 +16,6 @@ from minimti.attention_maps import AttentionMaps, heat_maps
 from minimti.config import NUM_TOKENS
 from minimti.evaluate import figures
 from minimti.evaluate.evaluation import (
-    NUM_REFERENCES,
     Case,
     Evaluation,
     Inversion,
@@ -54,13 +53,10 @@ def transfer(evaluation: Evaluation) -> Result:
     return {"learned motion": judge(evaluation, evaluation.learn)}
 
 
-def together(evaluation: Evaluation) -> Result:
+def together(evaluation: Evaluation, number: int) -> Result:
     """One motion learned from several clips, of different sprites, in as many steps as `transfer` takes for one."""
-    result: Result = {}
-    for number in range(2, NUM_REFERENCES + 1):
-        inversion = replace(evaluation.inversion(), num_clips=number)
-        result[f"learned from {number} clips"] = judge(evaluation, partial(evaluation.learn, inversion=inversion))
-    return result
+    inversion = replace(evaluation.inversion(), num_clips=number)
+    return {f"learned from {number} clips": judge(evaluation, partial(evaluation.learn, inversion=inversion))}
 
 
 def baselines(evaluation: Evaluation) -> Result:
@@ -348,7 +344,8 @@ def shares_of(inversion: Inversion, shares: tuple[float, ...]) -> list[int]:
 EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {
     "caption": caption,
     "transfer": transfer,
-    "together": together,
+    "two-clips": partial(together, number=2),
+    "three-clips": partial(together, number=3),
     "baselines": baselines,
     "flip": flipped,
     "swap": swap,
