@@ -4,26 +4,19 @@ Seeds 0 to 4 are for whatever is tuned. Seeds 21 to 25 are for reports: nothing 
 """
 
 import argparse
-import time
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from minimti import cli, pipeline
+from minimti import cli
 from minimti.checkpoint.fingerprint import fingerprint
-from minimti.checkpoint.load import open_checkpoint
 from minimti.config import DTYPES
-from minimti.evaluate.evaluation import Evaluation, Settings
+from minimti.evaluate.evaluation import Settings
 from minimti.evaluate.experiments import EXPERIMENTS
 from minimti.evaluate.jobs import in_processes
-from minimti.evaluate.results import HEADER, Result, Results
+from minimti.evaluate.results import HEADER, Results
+from minimti.evaluate.tasks import Task, load, run
 from minimti.invert import make_recipe
-from minimti.io.files import InputError, check_writable, make_folder
-from minimti.svd import SVD
-from minimti.world import captions
-from minimti.world.clips import check_sizes
+from minimti.io.files import check_writable
 
 
 def parse() -> argparse.Namespace:
@@ -49,17 +42,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a process must know to run experiments."""
-
-    model: str
-    device: str
-    dtype: str | None
-    settings: Settings
-    out: Path
-
-
 def main() -> None:
     """Runs the experiments for each seed and prints their table. Raises InputError where an input is unusable."""
     args = parse()
@@ -80,33 +62,6 @@ def main() -> None:
             results.add(*next(found))
         for line in results.table(name, seeds):
             print(line, flush=True)
-
-
-def run(task: Task, name: str, seed: int) -> tuple[int, str, Result, float]:
-    """An experiment for a seed -> seed, name, what it found, seconds."""
-    began = time.perf_counter()
-    return seed, name, EXPERIMENTS[name](evaluation(task, seed)), time.perf_counter() - began
-
-
-@cache
-def evaluation(task: Task, seed: int) -> Evaluation:
-    """The motions of a seed."""
-    folder = task.out / f"seed{seed}"
-    make_folder(folder)
-    return Evaluation(*load(task), seed, task.settings, folder)
-
-
-@cache
-def load(task: Task) -> tuple[SVD, captions.CaptionEmbedding]:
-    """The model and the words of its captions. Raises InputError where a file is unusable."""
-    checkpoint = open_checkpoint(task.model)
-    check_sizes(checkpoint.config)
-    words = captions.load(checkpoint.path.with_name("words.safetensors"))
-    if words.word.weight.shape[1] != checkpoint.config.unet.context_dim:
-        raise InputError(f"{checkpoint.path}: does not fit words.safetensors in its folder; they have another width")
-    dtype = getattr(torch, task.dtype) if task.dtype else None
-    svd = pipeline.load(checkpoint, device=task.device, dtype=dtype)
-    return svd, words.to(task.device)
 
 
 if __name__ == "__main__":

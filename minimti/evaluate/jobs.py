@@ -45,7 +45,7 @@ def in_processes(function: Callable, arguments: Sequence[tuple], jobs: int) -> I
                 for ours in [connection for connection in connections if connection in ready]:
                     try:
                         result = ours.recv()
-                    except EOFError:
+                    except (EOFError, ConnectionError):
                         raise RuntimeError("a process of --jobs was killed: there may be too little memory") from None
                     if isinstance(result, Exception):
                         raise result
