@@ -117,10 +117,15 @@ def from_json(text: str) -> SVDConfig:
 
 
 def _from_0_1_0(entries: dict[str, Any]) -> dict[str, Any]:
-    """Version 0.1.0 called the image encoder "clip" and had no defaults of recipe and note in its files."""
+    """Version 0.1.0 called the image encoder "clip" and had no defaults of recipe and note in its files.
+
+    Inversions of models that are named here take as many iterations as they do today.
+    """
     named = MODELS.get(entries.get("name", ""), MODELS["svd"])
-    added = {"recipe": named.recipe, "note": named.note}
-    return added | {"image_encoder" if name == "clip" else name: value for name, value in entries.items()}
+    added: dict[str, Any] = {"recipe": named.recipe, "note": named.note}
+    if named.name == entries.get("name") and "num_iterations" in entries:
+        added["num_iterations"] = named.num_iterations
+    return {"image_encoder" if name == "clip" else name: value for name, value in entries.items()} | added
 
 
 def _build(kind: Any, value: Any) -> Any:
@@ -278,7 +283,7 @@ _TINY = replace(
     sigma_max=100.0,
     p_mean=2.0,
     p_std=1.5,
-    num_iterations=300,
+    num_iterations=600,
     recipe="muon",
     note="tiny has been trained on drawn sprites like those of examples/ only;"
     " for photographs and films use --model svd",

@@ -51,7 +51,7 @@ def test_a_configuration_survives_json(config):
 def test_files_of_version_0_1_0_get_the_defaults_of_the_model_of_their_name():
     for name, config in MODELS.items():
         assert from_json(json.dumps(in_version_0_1_0(config))) == config, name
-    other = replace(MODELS["tiny"], name="mine", recipe="paper", note="")
+    other = replace(MODELS["tiny"], name="mine", recipe="paper", note="", num_iterations=77)
     assert from_json(json.dumps(in_version_0_1_0(other))) == other  # a name that is none: the defaults of svd
 
 

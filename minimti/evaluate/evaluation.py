@@ -4,6 +4,7 @@ A motion error is 0 where a clip moves as it should and 1 where it is as wrong a
 (`world.tracker.motion_error`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimti import edm, pipeline
+from minimti import __version__, edm, pipeline
 from minimti.checkpoint.fingerprint import fingerprint
 from minimti.config import NUM_TOKENS, SVDConfig
 from minimti.invert import Recipe, make_recipe
+from minimti.io.files import make_folder
 from minimti.io.video import Clip
 from minimti.motion import Motion
 from minimti.pipeline import Progress
@@ -26,6 +28,7 @@ from minimti.world.scene import Scene, Trajectory, Wave, flip, paint, random_sce
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import motion_error, track
 
+NUM_REFERENCES = 3  # of each motion: the most clips from which an experiment learns one
 DISTINCT = 0.5  # motion error between two motions, below which a clip cannot show which of them it follows
 
 
@@ -151,10 +154,13 @@ class Evaluation:
     """
 
     def __init__(self, svd: SVD, words: captions.CaptionEmbedding, seed: int, settings: Settings, folder: Path):
-        """folder: where the experiments put their pictures; it exists."""
+        """folder: where the experiments put their pictures, and what they have learned; it exists."""
         self.svd, self.words, self.config = svd, words, svd.config
         self.seed, self.settings, self.folder = seed, settings, folder
-        drawn = [random_case(self.rng(0, i), self.config, settings.targets) for i in range(settings.motions)]
+        drawn = [
+            random_case(self.rng(0, i), self.config, settings.targets, num_references=NUM_REFERENCES)
+            for i in range(settings.motions)
+        ]
         self.cases = {f"{i}: {' '.join(case.reference.program)}": case for i, case in enumerate(drawn)}
         self.fingerprint = fingerprint(svd.unet)
         self._motions: dict[tuple[Case, Inversion], Motion] = {}
@@ -211,10 +217,23 @@ class Evaluation:
         return Inversion(replace(chosen, steps=steps, num_cached_views=num_views), self.seed)
 
     def learn(self, case: Case, inversion: Inversion | None = None) -> Motion:
-        """The motion of a case's reference as an embedding, by `inversion` or the model's own recipe; cached."""
+        """The motion of a case's references as an embedding, by `inversion` or the model's own recipe.
+
+        It is kept in the folder, under a name that stands for all it depends on but the code: another process, or a
+        later run, does not learn it again.
+        """
         inversion = inversion or self.inversion()
         if (case, inversion) not in self._motions:
-            *_, self._motions[case, inversion] = self.snapshots(case, inversion, [inversion.recipe.steps])
+            facts = repr((case, inversion, self.fingerprint, self.svd.dtype, __version__))
+            path = self.folder / "embeddings" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.pt"
+            if path.exists():
+                motion = Motion.load(path)
+                motion.tokens = motion.tokens.to(self.svd.device)
+            else:
+                *_, motion = self.snapshots(case, inversion, [inversion.recipe.steps])
+                make_folder(path.parent)
+                motion.save(path)
+            self._motions[case, inversion] = motion
         return self._motions[case, inversion]
 
     def snapshots(self, case: Case, inversion: Inversion, steps: Sequence[int]) -> list[Motion]:

@@ -6,8 +6,11 @@ label of a table row and by quantity, a value for every target of every motion.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from minimti.attention_maps import AttentionMaps, heat_maps
 from minimti.config import NUM_TOKENS
@@ -25,7 +28,7 @@ from minimti.evaluate.results import Result, Values
 from minimti.motion import Motion
 from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
-from minimti.world.scene import CAMERA_WORDS, Scene, Wave, flip, render, trajectory
+from minimti.world.scene import CAMERA_WORDS, Program, Scene, Trajectory, Wave, flip, render, trajectory
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import search
 
@@ -48,6 +51,12 @@ def transfer(evaluation: Evaluation) -> Result:
         rows += [render(case.reference), *evaluation.clips(case, evaluation.learn(case))[:2]]
     figures.write_rows(evaluation.folder / "transfer.png", rows[: 3 * figures.MOTIONS])
     return {"learned motion": judge(evaluation, evaluation.learn)}
+
+
+def together(evaluation: Evaluation, number: int) -> Result:
+    """One motion learned from several clips, of different sprites, in as many steps as `transfer` takes for one."""
+    inversion = replace(evaluation.inversion(), num_clips=number)
+    return {f"learned from {number} clips": judge(evaluation, partial(evaluation.learn, inversion=inversion))}
 
 
 def baselines(evaluation: Evaluation) -> Result:
@@ -149,25 +158,87 @@ def keeps_shape(clip: np.ndarray, scene: Scene, reference: Scene) -> bool:
     return bool(own < other)
 
 
-def kinds(evaluation: Evaluation) -> Result:
-    """Figures 8 and 12: other kinds of motion: two sprites, camera motion, and gaits that differ only in rhythm."""
-    rng, config, num_targets = evaluation.rng, evaluation.config, evaluation.settings.kind_targets
-    forward = ("forward",) * NUM_SLOTS
-    cases = {
-        "two sprites": {str(k): random_case(rng(2, 0, k), config, num_targets, num_sprites=2) for k in range(2)},
-        "camera": {
-            word: random_case(rng(2, 1, k), config, num_targets, program=(word,) * NUM_SLOTS)
-            for k, word in enumerate(CAMERA_WORDS)
-        },
-        "gait": {
-            f"period {wave.period:g}": random_case(rng(2, 2, k), config, num_targets, program=forward, wave=wave)
-            for k, wave in enumerate(GAITS)
-        },
-    }
+def editing(evaluation: Evaluation) -> Result:
+    """Whether the sets of an embedding can be edited like the frames of a film, which the paper leaves open.
+
+    The rate of targets that move as the edit's name says, rather than as before; for "mixed", rather than as the first
+    of the two. Targets are left out for which both are the same motion.
+    """
+    names, cases = [*evaluation.cases], [*evaluation.cases.values()]
+    rates: dict[str, Values] = {}
+    for name, case, other in zip(names, cases, cases[1:] + cases[:1]):
+        motion = evaluation.learn(case)
+        program, others = case.reference.program, other.reference.program
+        programs = edited_programs(program, others)
+        for edit, tokens in edited_tokens(motion.tokens, evaluation.learn(other).tokens).items():
+            answers = rates.setdefault(edit, {}).setdefault(name, [])
+            for i, scene in enumerate(case.targets):
+                own = moved(scene, program)
+                wanted = moved(scene, programs[edit]) if edit in programs else mean_path(own, moved(scene, others))
+                clip = evaluation.animate(scene, replace(motion, tokens=tokens), i)
+                answers.append(follows(clip, scene, wanted, own))
+    return {f"sets {edit}": {"rate": answers} for edit, answers in rates.items()}
+
+
+def edited_tokens(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Edits of the sets of two motions, tokens [F + 1, N, d] each. With sets of both, temporal sets are averaged."""
+    num_frames, mean = len(a) - 1, (a + b) / 2
+    half = num_frames // 2
     return {
-        kind: {"error": {name: evaluation.errors(case, evaluation.learn(case)) for name, case in of_kind.items()}}
-        for kind, of_kind in cases.items()
+        "reversed": torch.cat([a[:-1].flip(0), a[-1:]]),
+        "stretched": torch.cat([a[torch.arange(num_frames) // 2], a[-1:]]),
+        "cut together": torch.cat([a[:half], b[half:-1], mean[-1:]]),
+        "mixed": mean,
     }
+
+
+def edited_programs(a: Program, b: Program) -> dict[str, Program]:
+    """What the same edits make of two programs, where that is a program."""
+    half = NUM_SLOTS // 2
+    return {
+        "reversed": a[::-1],
+        "stretched": tuple(a[k // 2] for k in range(NUM_SLOTS)),
+        "cut together": a[:half] + b[half:],
+    }
+
+
+def moved(scene: Scene, program: Program) -> Trajectory:
+    """Where the sprite of a scene would go by another program."""
+    return trajectory(replace(scene, program=program))[0]
+
+
+def mean_path(a: Trajectory, b: Trajectory) -> Trajectory:
+    """Halfway between two paths of the same sprite."""
+    x, y, length, angle = ((getattr(a, name) + getattr(b, name)) / 2 for name in ("x", "y", "length", "angle"))
+    return Trajectory(x, y, length, angle, a.facing)
+
+
+def kinds(evaluation: Evaluation) -> Result:
+    """Figures 8 and 12: two sprites, camera motion, and gaits that differ only in rhythm.
+
+    Beside the learned motion the true caption, the best that the model can do; captions have no words for gaits.
+    """
+    rng, config, num_targets = evaluation.rng, evaluation.config, evaluation.settings.kind_targets
+    cases: dict[str, dict[str, Case]] = {"pans": {}, "zooms": {}}
+    for k, word in enumerate(CAMERA_WORDS):
+        case = random_case(rng(2, 1, k), config, num_targets, program=(word,) * NUM_SLOTS)
+        cases["zooms" if "zoom" in word else "pans"][word] = case
+    cases["two sprites"] = {str(k): random_case(rng(2, 0, k), config, num_targets, num_sprites=2) for k in range(2)}
+    cases["gaits"] = {
+        f"period {wave.period:g}": random_case(
+            rng(2, 2, k), config, num_targets, program=("forward",) * NUM_SLOTS, wave=wave
+        )
+        for k, wave in enumerate(GAITS)
+    }
+    result: Result = {}
+    for kind, drawn in cases.items():
+        if kind != "gaits":
+            captions = {name: evaluation.caption(case.reference) for name, case in drawn.items()}
+            errors = {name: evaluation.errors(case, captions[name]) for name, case in drawn.items()}
+            result[f"{kind}, true caption"] = {"error": errors}
+        errors = {name: evaluation.errors(case, evaluation.learn(case)) for name, case in drawn.items()}
+        result[f"{kind}, learned motion"] = {"error": errors}
+    return result
 
 
 def ablation(evaluation: Evaluation) -> Result:
@@ -273,10 +344,13 @@ def shares_of(inversion: Inversion, shares: tuple[float, ...]) -> list[int]:
 EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {
     "caption": caption,
     "transfer": transfer,
+    "two-clips": partial(together, number=2),
+    "three-clips": partial(together, number=3),
     "baselines": baselines,
     "flip": flipped,
     "swap": swap,
     "appearance": appearance,
+    "editing": editing,
     "kinds": kinds,
     "ablation": ablation,
     "optimiser": optimiser,

@@ -12,7 +12,11 @@ from minimti.io.files import InputError, atomic_write, check_writable
 Values = dict[str, list]  # by motion: a number for each target, or an answer (True, False, None where there is none)
 Result = dict[str, dict[str, Values]]  # by label of a table row, by quantity
 
-HEADER = "| experiment | quantity | mean | deviation over motions | over seeds | clips |\n|---|---|---|---|---|---|"
+HEADER = (
+    "| experiment | quantity | mean | 95 % interval | deviation over motions | over seeds | clips |\n"
+    "|---|---|---|---|---|---|---|"
+)
+RESAMPLES = 10_000  # of the bootstrap
 
 
 class Results:
@@ -68,8 +72,10 @@ class Results:
         for label, quantities in by_seed[0].items():
             for quantity in quantities:
                 found = summary([rows[label][quantity]["values"] for rows in by_seed])
-                cells = [shown(found[key]) for key in ("mean", "over_motions", "over_seeds")]
-                lines.append(f"| {experiment}: {label} | {quantity} | {' | '.join(cells)} | {found['clips']} |")
+                mean, *deviations = (shown(found[key]) for key in ("mean", "over_motions", "over_seeds"))
+                interval = " to ".join(map(shown, found["interval"])) if found["interval"] else "-"
+                cells = " | ".join([quantity, mean, interval, *deviations, str(found["clips"])])
+                lines.append(f"| {experiment}: {label} | {cells} |")
         return lines
 
 
@@ -77,19 +83,22 @@ def summary(by_seed: Sequence[Values]) -> dict:
     """The statistics of a quantity, given for one or more seeds.
 
     mean          over all clips that have a value
+    interval      of the mean, with 95 % confidence: the bootstrap over motions, each with all its clips
     over_motions  standard deviation of the motions' means; what seeds share of a motion's name counts as one motion
     over_seeds    standard deviation of the seeds' means
     clips         the number of clips that have a value
     motions       the mean of each motion
 
     Deviations are those of the population. A statistic is None where there are no values, over_seeds also where there
-    is a single seed.
+    is a single seed, the interval where there is a single motion.
     """
     motions: Values = {}
     seeds: list[list[float]] = []
+    drawn: list[list[float]] = []  # a list for each motion of each seed
     for values in by_seed:
         valid = {name: [value for value in clips if value is not None] for name, clips in values.items()}
         seeds.append([value for clips in valid.values() for value in clips])
+        drawn += valid.values()
         for name, clips in valid.items():
             motions.setdefault(name, []).extend(clips)
     everything = [value for clips in seeds for value in clips]
@@ -97,11 +106,24 @@ def summary(by_seed: Sequence[Values]) -> dict:
     seed_means = [float(np.mean(clips)) for clips in seeds if clips]
     return {
         "mean": float(np.mean(everything)) if everything else None,
+        "interval": bootstrap([clips for clips in drawn if clips]),
         "over_motions": float(np.std([*motion_means.values()])) if everything else None,
         "over_seeds": float(np.std(seed_means)) if len(seed_means) > 1 else None,
         "clips": len(everything),
         "motions": motion_means,
     }
+
+
+def bootstrap(groups: Sequence[Sequence[float]]) -> list[float] | None:
+    """The 2.5th and 97.5th percentile of the mean of all values, where groups are drawn with replacement.
+
+    None where there are fewer than two groups.
+    """
+    if len(groups) < 2:
+        return None
+    sums, counts = np.array([sum(group) for group in groups], float), np.array([len(group) for group in groups])
+    chosen = np.random.default_rng(0).integers(len(groups), size=(RESAMPLES, len(groups)))
+    return np.percentile(sums[chosen].sum(1) / counts[chosen].sum(1), [2.5, 97.5]).tolist()
 
 
 def shown(number: float | None) -> str:

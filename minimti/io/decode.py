@@ -4,7 +4,7 @@ import os
 import stat
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +39,7 @@ UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw stre
 UNDECODABLE_TEXTS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 # What FFmpeg, PyAV and the file itself raise; the last where a damaged header leads outside of it.
 FAULTS = (av.FFmpegError, OSError, ValueError, OverflowError)
+LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders, by the names of FFmpeg's own
 JOINED = 1.0  # seconds: where times fall by more, another recording begins, and its times follow the first one's
 SAME_TIME = 1e-6  # seconds: times are fractions in the file and are compared as floats
 
@@ -187,11 +188,12 @@ class VideoFile:
         self.damaged = 0
         waiting: deque[int] = deque()  # times of decoding, of packets whose frames have not come yet
         previous, shift = None, 0.0
+        decode = _decoder(stream)
         for packet in _until_damage(container.demux(stream)):
             if untimed and packet.dts is not None:
                 waiting.append(packet.dts)
             try:
-                frames = packet.decode()
+                frames = decode(packet)
             except FAULTS:
                 self.damaged += 1
                 frames = []
@@ -212,6 +214,17 @@ class VideoFile:
                     time = following
                 previous = time if previous is None else max(previous, time)
                 yield previous, frame
+
+
+def _decoder(stream: VideoStream) -> Callable[[av.Packet], Sequence[Any]]:
+    """Decodes the packets of a stream. FFmpeg's own decoders of VP8 and VP9 leave out alpha; those of libvpx do not."""
+    name = LIBVPX.get(stream.codec_context.name, "")
+    has_alpha = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
+    if has_alpha and name in av.codecs_available:
+        context = cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
+        context.options = stream.codec_context.options
+        return context.decode
+    return av.Packet.decode
 
 
 def _until_damage(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:

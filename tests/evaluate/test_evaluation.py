@@ -34,6 +34,14 @@ def test_targets_share_nothing_but_the_motion():
             assert (sprite.facing == reference.facing) == bool(i % 2)
 
 
+def test_no_reference_shares_its_shape_with_another_scene():
+    for seed in range(4):
+        drawn = case(seed, num_references=3)
+        shapes = [scene.sprites[0].shape for scene in drawn.references]
+        assert len(set(shapes)) == 3 and not {scene.sprites[0].shape for scene in drawn.targets} & set(shapes)
+        assert {scene.program for scene in (*drawn.references, *drawn.targets)} == {drawn.reference.program}
+
+
 def test_the_error_is_0_for_the_true_clip_and_1_for_a_still_one():
     for seed in range(4):
         for target in case(seed).targets[:2]:
@@ -102,7 +110,7 @@ def test_the_error_of_a_target_is_taken_against_this_target(small, monkeypatch):
     programs = [("forward",) * 7, ("up",) * 7, ("turn",) * 7]
     targets = tuple(random_scene(rng, 48, SMALL.num_frames, program=program) for program in programs)
     monkeypatch.setattr(small, "animate", lambda scene, motion, index: render(targets[index]))
-    assert max(small.errors(Case(first_case(small).reference, targets), None)) < 0.2
+    assert max(small.errors(Case(first_case(small).references, targets), None)) < 0.2
 
 
 def test_embeddings_are_remembered_for_each_motion_and_each_way_of_learning(small, monkeypatch):
@@ -117,6 +125,31 @@ def test_embeddings_are_remembered_for_each_motion_and_each_way_of_learning(smal
     assert all(a is b for a, b in zip(motions, again))
     assert not any(torch.equal(a.tokens, b.tokens) for i, a in enumerate(motions) for b in motions[:i])
     assert motions[1].tokens.shape == (1, 5, 64) and motions[2].tokens.shape == (SMALL.num_frames + 1, 2, 64)
+
+
+def test_embeddings_outlast_the_process(small, random_svd, words, monkeypatch):
+    """They are read again, for the same model and precision."""
+    learned = small.learn(first_case(small))
+    again = Evaluation(random_svd, words, small.seed, small.settings, small.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "learn", None)
+        assert torch.equal(again.learn(first_case(again)).tokens, learned.tokens)
+    files = {*(small.folder / "embeddings").iterdir()}
+    other = Evaluation(random_svd, words, small.seed, small.settings, small.folder)
+    other.fingerprint = {}
+    other.learn(first_case(other))
+    assert len({*(small.folder / "embeddings").iterdir()} - files) == 1
+
+
+def test_an_inversion_learns_from_as_many_references_as_it_says(small, monkeypatch):
+    clips, learn = [], pipeline.learn
+    monkeypatch.setattr(pipeline, "learn", lambda svd, c, **kwargs: clips.append(c) or learn(svd, c, **kwargs))
+    drawn = first_case(small)
+    for number in (1, 3):
+        small.learn(drawn, replace(small.inversion(), num_clips=number))
+    assert [len(c) for c in clips] == [1, 3]
+    expected = [pixels(render(scene)) for scene in drawn.references]
+    assert all(torch.equal(clip.frames, frames) for clip, frames in zip(clips[1], expected, strict=True))
 
 
 def test_snapshots_are_the_embeddings_after_their_steps(small):

@@ -44,6 +44,54 @@ def test_baselines_are_the_habits_of_the_targets_and_the_frames_of_the_reference
     assert all(error == pytest.approx(1, abs=0.1) for errors in standing_still.values() for error in errors)
 
 
+def test_edits_of_sets_are_those_of_their_names():
+    a, b = torch.arange(5.0)[:, None, None], 10 + torch.arange(5.0)[:, None, None]  # the last is the temporal set
+    edited = {edit: tokens.flatten().tolist() for edit, tokens in experiments.edited_tokens(a, b).items()}
+    assert edited == {
+        "reversed": [3, 2, 1, 0, 4],
+        "stretched": [0, 0, 1, 1, 4],
+        "cut together": [0, 1, 12, 13, 9],
+        "mixed": [5, 6, 7, 8, 9],
+    }
+    programs = experiments.edited_programs(tuple("abcdefg"), tuple("ABCDEFG"))
+    assert {edit: "".join(program) for edit, program in programs.items()} == {
+        "reversed": "gfedcba",
+        "stretched": "aabbccd",
+        "cut together": "abcDEFG",
+    }
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_editing_counts_the_clips_that_move_as_edited(ideal, monkeypatch, edited):
+    tokens = torch.zeros(ideal.config.num_frames + 1, 5, 64)
+    monkeypatch.setattr(ideal, "learn", lambda case: replace(ideal.caption(case.reference), tokens=tokens))
+    paths, path = [], experiments.moved
+
+    def recorded(scene, program):
+        paths.append((scene, program))
+        return path(scene, program)
+
+    def animate(scene, motion, index):
+        """By the program before the edit, or by the one that was asked for last: that after it, or the other's."""
+        program = paths[-1][1] if edited else paths[-2][1]
+        return render(replace(scene, program=program))
+
+    monkeypatch.setattr(experiments, "moved", recorded)
+    monkeypatch.setattr(ideal, "animate", animate)
+    rates = {label: found["rate"] for label, found in EXPERIMENTS["editing"](ideal).items()}
+    assert list(rates) == ["sets reversed", "sets stretched", "sets cut together", "sets mixed"]
+    if edited:
+        del rates["sets mixed"]  # the clips show the other motion, not that between the two
+    assert all(mean(rate) == edited for rate in rates.values())
+
+
+def test_the_mean_of_two_paths_lies_between_them(ideal):
+    scene = next(iter(ideal.cases.values())).targets[0]
+    up, down = (experiments.moved(scene, (word,) * 7) for word in ("up", "down"))
+    between = experiments.mean_path(up, down)
+    assert np.allclose(between.y, up.y[0]) and np.allclose(between.x, up.x) and between.facing == up.facing
+
+
 def habitual_errors(evaluation: Evaluation) -> dict[str, list[float]]:
     """What plain image-to-video has if it is ideal: each target moves by the habit of its own shape."""
     return {

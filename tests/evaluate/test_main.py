@@ -1,8 +1,11 @@
 """The program `python -m minimti.evaluate`."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from official import SMALLER as SMALL
@@ -12,6 +15,7 @@ from minimti import cli
 from minimti.evaluate import __main__
 from minimti.evaluate.results import HEADER
 
+ROOT = Path(__file__).resolve().parents[2]
 FEW = ("--motions", "1", "--targets", "2", "--steps", "2")
 
 
@@ -54,6 +58,21 @@ def test_the_same_seed_gives_the_same_numbers(call, tmp_path):
         assert code == 0, error
     rows = [json.loads((tmp_path / name).read_text())["seeds"]["7"]["caption"]["rows"] for name in ("a.json", "b.json")]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.full
+def test_two_processes_find_what_one_does(small_folder, tmp_path):
+    """As a program of its own: what its processes import is not what pytest has imported."""
+    program = [sys.executable, "-m", "minimti.evaluate", "--model", str(small_folder / "tiny.safetensors"), *FEW]
+    for jobs in ("1", "2"):
+        args = ["--only", "caption", "transfer", "--seeds", "7", "8", "--json", f"{jobs}.json", "--jobs", jobs]
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            [*program, *args, "--out", jobs], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
+    one, two = (json.loads((tmp_path / name).read_text())["seeds"] for name in ("1.json", "2.json"))
+    assert [one[s][e]["rows"] for s in one for e in one[s]] == [two[s][e]["rows"] for s in two for e in two[s]]
 
 
 @pytest.mark.parametrize(

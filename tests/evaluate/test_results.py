@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from minimti.evaluate.results import HEADER, Results, summary
+from minimti.evaluate.results import HEADER, Results, bootstrap, summary
 from minimti.io.files import InputError
 
 FINGERPRINT = {"layer.weight": [0.5, 1.0]}
@@ -26,16 +27,31 @@ def test_rates_count_answers_only():
     assert nothing["mean"] is nothing["over_motions"] is nothing["over_seeds"] is None and nothing["clips"] == 0
 
 
+def test_the_interval_is_that_of_a_mean_over_motions():
+    """As wide as the normal distribution says, where clips of a motion tell no more than one of them."""
+    motions = np.random.default_rng(1).normal(size=400)
+    low, high = bootstrap([[motion] * 7 for motion in motions])
+    half = 1.96 * motions.std() / 20
+    assert low == pytest.approx(motions.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(motions.mean() + half, abs=0.1 * half)
+    low, high = bootstrap([[0.0], [1.0, 1.0, 1.0]])  # of 0, 3/4 and 1, the mean of all clips
+    assert (low, high) == (0, 1) and bootstrap([[1.0]]) is None
+
+
+def test_a_motion_of_two_seeds_is_two_motions_for_the_interval():
+    assert summary([{"a": [1.0]}, {"a": [3.0]}])["interval"] == [1, 3]
+
+
 def test_the_table_has_a_row_for_each_quantity_over_the_seeds_that_are_named():
     results = Results(None, {}, FINGERPRINT)
     for seed, errors in ((0, [0.5, 1.5]), (1, [2.0, 4.0]), (2, [100.0])):
         results.add(seed, "flip", {"row": {"error": {str(seed): errors}, "rate": {"a": [True, None]}}}, 1.0)
     assert results.table("flip", [0, 1]) == [
-        "| flip: row | error | 2 | 1 | 1 | 4 |",
-        "| flip: row | rate | 1 | 0 | 0 | 2 |",
+        "| flip: row | error | 2 | 1 to 3 | 1 | 1 | 4 |",
+        "| flip: row | rate | 1 | 1 to 1 | 0 | 0 | 2 |",
     ]
-    assert results.table("flip", [0])[0] == "| flip: row | error | 1 | 0 | - | 2 |"
-    assert HEADER.splitlines()[0].count("|") == 7
+    assert results.table("flip", [0])[0] == "| flip: row | error | 1 | - | 0 | - | 2 |"
+    assert HEADER.splitlines()[0].count("|") == 8
 
 
 def test_a_file_is_continued_by_a_run_of_the_same_settings(tmp_path):

@@ -325,3 +325,21 @@ def test_large_frames_take_the_memory_of_a_few(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd())
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 300  # MiB
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_alpha_of_vp8_and_vp9_is_laid_over_white(tmp_path, codec):
+    """As in transparent WebM files; FFmpeg's own decoders leave it out."""
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[16:48, 16:48] = 200, 0, 0, 255
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        stream = container.add_stream(codec, rate=10, options={"auto-alt-ref": "0"})
+        stream.width, stream.height, stream.pix_fmt, stream.metadata["alpha_mode"] = 64, 64, "yuva420p", "1"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format="yuva420p")))
+        container.mux(stream.encode())
+    with VideoFile(tmp_path / "a.webm") as source:
+        shown = [(time, source.pixels(frame)) for time, frame in source.frames(0.2)]
+    assert [time for time, _ in shown][-1] == pytest.approx(0.3)
+    _, last = shown[-1]
+    assert last[:, 4, 4].tolist() == [255, 255, 255] and (last[:, 32, 32] - torch.tensor([200, 0, 0])).abs().max() < 8
