@@ -15,6 +15,7 @@ from minimti.motion import Motion, initialise
 from minimti.networks.graph import Graphed
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
+from minimti.ranks import Ranks
 from minimti.svd import SVD, Conditioning
 
 sys.path.append(str(Path(__file__).parent / "networks"))
@@ -101,6 +102,19 @@ def test_a_recorded_step_is_no_further_from_eager_than_eager_from_itself(exact, 
     monkeypatch.setattr(Graphed, "__call__", lambda self, *inputs: self.function(*inputs))
     eager, again = learned(svd, name=name), learned(svd, name=name)
     assert difference(recorded, eager) <= max(2 * difference(again, eager), 1e-6)
+
+
+def test_processes_average_their_gradients_outside_of_the_recording(svd, monkeypatch):
+    """In every step, not only while it is recorded."""
+    captured = []
+
+    def mean(ranks, *tensors):
+        captured.append(torch.cuda.is_current_stream_capturing())
+        return tensors
+
+    monkeypatch.setattr(Ranks, "mean", mean)
+    learned(svd, steps=4)
+    assert captured == [False] * 4
 
 
 def test_what_cannot_be_recorded_runs_without_and_says_so():
