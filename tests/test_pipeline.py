@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
 def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
     """Nowhere else: not in another mode, for another length, in another precision, on another card."""
     svd, frames, card = MODELS["svd"], torch.empty(14, 3, 576, 1024, device="meta"), "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(pipeline, "SVD", cache(SVD))  # built once
     monkeypatch.setattr(pipeline, "available_memory", lambda device: 80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     cuda, cpu, half = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
