@@ -4,6 +4,7 @@ A row for each motion: the clip, then its results. All are shown at the times of
 """
 
 import base64
+import os
 import re
 import tempfile
 import warnings
@@ -95,7 +96,7 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
         frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
         return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
-    if times and source and Path(source).exists():
+    if times and source and os.path.exists(source):  # of --together: a list, perhaps longer than a name may be
         start, end = map(float, times.groups())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is cut off, which training has said
