@@ -4,7 +4,8 @@ settings.json     the command, and all that the tokens depend on
 log.jsonl         a line for each step
 state.pt          tokens and optimiser: where --resume goes on
 views.pt          the encoded views of the clip
-clip.png          the frames that are learned
+frames/           the frames that are learned, for `python -m minimti.score`
+clip.png          a strip of them
 loss.png          the loss over the steps
 preview-00100.mp4 the clip, and beside it what the tokens of a step make of its first frame (--preview)
 lock              held by the process that trains
@@ -30,7 +31,8 @@ from minimti import __version__
 from minimti.checkpoint.fingerprint import differs
 from minimti.invert import State, View
 from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
-from minimti.io.write import write_strip
+from minimti.io.pixels import to_uint8
+from minimti.io.write import write_frames, write_strip
 from minimti.motion import Motion
 from minimti.pipeline import Progress
 from minimti.svd import Conditioning
@@ -220,10 +222,11 @@ class Run:
         self.drawn = time.perf_counter()
 
     def show_clip(self, frames: Tensor) -> None:
-        """Draws clip.png, of frames [F, 3, H, W] in [-1,1]."""
+        """Keeps frames [F, 3, H, W] in [-1,1], and draws clip.png of them."""
         height, width = frames.shape[-2:]
         scale = min(1, STRIP_HEIGHT / height)
         with self._explained():
+            write_frames(self.path("frames"), to_uint8(frames))
             write_strip(self.path("clip.png"), T.resize(frames, [round(scale * height), round(scale * width)])[None])
 
     def _write_log(self) -> None:
