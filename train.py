@@ -154,6 +154,7 @@ def main() -> None:
     from minimti.io.video import check_source
     from minimti.pipeline import make_budget
     from minimti.run import Run, digest
+    from minimti.score import describe
 
     check_source(args.video)
     check_writable(args.out, args.video, args.model or "")
@@ -214,9 +215,9 @@ def main() -> None:
                 check()
 
             options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
-            options |= {"seed": args.seed, "memory": budget, "release": not args.preview}
+            options |= {"seed": args.seed, "memory": budget}
             try:
-                learn(svd, clip, recipe=recipe, progress=watch, resume=state, **options)
+                learned = learn(svd, clip, recipe=recipe, progress=watch, resume=state, **options)
             finally:  # an interrupt at step 900 keeps the 900
                 bars.close()
                 motion = run.last and run.last.motion
@@ -226,6 +227,7 @@ def main() -> None:
                     shape = "x".join(map(str, motion.tokens.shape))
                     print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
                     print(f"next       {following(args, finished=motion.steps == run.steps)}")
+        print(describe(svd, learned, clip.frames, args.memory))
 
 
 def preview(path: Path, svd: "SVD", motion: "Motion", clip: "Clip", progress: "Callable[[Progress], None]") -> None:

@@ -209,7 +209,7 @@ def test_the_defaults_of_training_are_the_models_recipe(work, call, reached):
     assert (
         reached["num_tokens"] == 5 and reached["flip"] and not reached["shared"] and reached["memory"].memory == "max"
     )
-    assert reached["seed"] == 0 and reached["release"]
+    assert reached["seed"] == 0 and not reached.get("release")  # the score needs all networks
     call("train.py", "ref.mp4", "--model", "tiny", "--out", "none.pt")
     assert reached["recipe"] == make_recipe(MODELS["tiny"], "muon")
 
