@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from minimti import Clip, Progress, Recipe
+    from minimti import Clip, Motion, Progress, Recipe
     from minimti.checkpoint.load import Checkpoint
     from minimti.config import SVDConfig
     from minimti.invert import State
@@ -243,7 +243,6 @@ class Job:
     clips: "list[Clip]"
     run: "Run"
     settings: dict[str, Any]  # what the tokens depend on, besides weights and steps
-    is_last: bool = False  # whether no other follows
 
 
 def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: Path, sources: list[str]) -> Job:
@@ -335,13 +334,33 @@ def learn_job(
     recipe, state = begin(args, svd, job, ranks)
     watch = watching(args, svd, job, ranks, check, bars)
     options = {"num_tokens": args.tokens, "shared": args.sets == "shared", "flip": not args.no_flip}
-    options |= {"seed": args.seed, "memory": budget, "release": job.is_last and not args.preview}
+    options |= {"seed": args.seed, "memory": budget}
     try:
-        learn(svd, clips, recipe=recipe, progress=watch, resume=state, ranks=ranks, **options)
+        learned = learn(svd, clips, recipe=recipe, progress=watch, resume=state, ranks=ranks, **options)
     finally:  # an interrupt at step 900 keeps the 900
         bars.close()
         sources, times = ", ".join(clip.source for clip in clips), "; ".join(clip.about() for clip in clips)
         finish(job.run, facts | {"clip": sources, "times": times, "memory": budget.memory})
+    print(judged(args, svd, learned, clips[0], ranks, check))
+
+
+def judged(
+    args: argparse.Namespace, svd: "SVD", motion: "Motion", clip: "Clip", ranks: "Ranks", check: "Callable[[], None]"
+) -> str:
+    """Whether the motion of a clip was learned, in lines to print."""
+    from minimti.score import describe
+
+    bars = cli.Bars("score")
+
+    def watch(progress: "Progress") -> None:
+        if ranks.is_first:
+            bars(progress)
+        check()
+
+    try:
+        return describe(svd, motion, clip.frames, args.memory, watch)
+    finally:
+        bars.close()
 
 
 def finish(run: "Run", facts: dict[str, str]) -> None:
@@ -398,7 +417,6 @@ def main() -> None:
             for job in jobs:
                 stack.enter_context(job.run)
         left = unfinished(args, jobs, device) if args.resume else jobs
-        left[-1].is_last = True
         stack.enter_context(ranks.joined())
         svd = load(args, checkpoint, device)
         facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}

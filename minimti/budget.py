@@ -140,7 +140,7 @@ def _needed(
     coding = MARGIN * _scaled(ENCODE[mode], ch, svd.vae, 4) * size[0] * size[1]
     if not training:
         coding = max(coding, MARGIN * _scaled(DECODE[mode], ch, svd.vae, 4) * pixels)
-    if mode == "max":
+    if mode == "max" or device == "cpu":  # nothing is parked
         return everything + max(step, coding) + RESERVE
     while_coding = unet + vae if training else vae  # a sample parks the UNet before it decodes
     return max(everything, unet + step, while_coding + coding) + RESERVE

@@ -313,8 +313,9 @@ def _smaller() -> str:
     """The next smaller settings of the program that runs."""
     svd = _loaded[0]() if _loaded else None
     modes = MEMORY_MODES[MEMORY_MODES.index(svd.budget.memory) + 1 :] if svd else MEMORY_MODES[-1:]
-    frames = [] if signals.program() == "sample.py" else ["fewer --frames"]  # there the embedding has their number
-    return " or ".join([*(f"--memory {mode}" for mode in modes[:1]), "a smaller --size", *frames])
+    sizes = ["a smaller --size", "fewer --frames"]
+    sizes = {"sample.py": sizes[:1], "score.py": []}.get(signals.program(), sizes)  # an embedding gives the others
+    return " or ".join([*(f"--memory {mode}" for mode in modes[:1]), *sizes] or ["--device cpu"])
 
 
 def _print_line(kind: str, message: str) -> None:

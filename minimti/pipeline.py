@@ -165,7 +165,6 @@ def learn(
     seed: int = 0,
     memory: str | Budget = "auto",
     progress: Callable[[Progress], None] = lambda _: None,
-    release: bool = False,
     resume: State | None = None,
     ranks: Ranks = ALONE,
 ) -> Motion:
@@ -183,7 +182,6 @@ def learn(
     memory      how much memory to take, which changes the time alone: "auto", the fastest way that fits what is free,
                 "max", "fast", "balanced" or "low", or a Budget that `make_budget` returned
     progress    called as the work goes on. An exception that it raises ends the work; Progress.motion has the tokens.
-    release     free networks for good after their last use here, instead of parking them on the CPU
     resume      go on from here, with the clip and the settings of the run that it is from. `steps` counts all steps:
                 those done before too. More of them than that run had: set State.begun for another cosine of the rate
     ranks       joined processes that learn together: a step takes other noise in each of them, and the mean gradient
@@ -199,7 +197,6 @@ def learn(
     clips = torch.stack([c.frames for c in together]).to(svd.device)  # [clips, F, 3, H, W]
     num_frames, size = clips.shape[1], (clips.shape[-1], clips.shape[-2])
     svd.use(make_budget(svd, num_frames, size, memory, training=True))
-    done_with = svd.release if release else svd.park
     if resume is None:
         with torch.no_grad():
             embeddings = torch.stack([svd.embed(frames) for frames in clips]).mean(0)  # [F, d]
@@ -208,7 +205,7 @@ def learn(
         tokens = tokens[-1:].clone() if shared else tokens  # the temporal set starts from the mean in every recipe
     else:
         tokens = resume.tokens.to(svd.device, copy=True)
-    done_with("image_encoder")
+    svd.park("image_encoder")
 
     motion = Motion(
         tokens=tokens,
@@ -228,7 +225,7 @@ def learn(
     cached: list[View] = list(resume.views) if resume else []
     if count := min(recipe.num_cached_views, recipe.steps):
         views = _cached(views, cached, count, progress)
-        done_with("vae")
+        svd.park("vae")
 
     optimizer = make_optimizer(motion, recipe, resume)
     state = partial(_state, motion, optimizer, cached, resume.begun if resume else 0)

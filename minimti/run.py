@@ -4,7 +4,8 @@ settings.json     the command, and all that the tokens depend on
 log.jsonl         a line for each step
 state.pt          tokens and optimiser: where --resume goes on
 views.pt          the encoded views of the clip
-clip.png          the frames that are learned, a row for each clip
+frames/           the frames that are learned, of the first clip, for `python -m minimti.score`
+clip.png          a strip of them, a row for each clip
 loss.png          the loss over the steps
 preview-00100.mp4 the clip, and beside it what the tokens of a step make of its first frame (--preview)
 lock              held by the process that trains
@@ -33,7 +34,7 @@ from minimti.invert import State, View
 from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip
-from minimti.io.write import write_clip, write_strip
+from minimti.io.write import write_clip, write_frames, write_strip
 from minimti.motion import Motion
 from minimti.pipeline import Progress, animate
 from minimti.svd import SVD, Conditioning
@@ -244,8 +245,9 @@ class Run:
         self.drawn = time.perf_counter()
 
     def show_clips(self, clips: Sequence[Clip]) -> None:
-        """Draws clip.png, a row for each clip; they have the same size and number of frames."""
+        """Keeps the frames of the first clip, and draws clip.png, a row for each; all have one size and length."""
         with self._explained():
+            write_frames(self.path("frames"), to_uint8(clips[0].frames))
             write_strip(self.path("clip.png"), strip_of([clip.frames for clip in clips], STRIP_HEIGHT))
 
     def _write_log(self) -> None:

@@ -142,6 +142,8 @@ ON_A_CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: {}: you t
         ("train.py", "balanced", "--memory low or a smaller --size or fewer --frames"),
         ("train.py", "low", "a smaller --size or fewer --frames"),
         ("sample.py", "fast", "--memory balanced or a smaller --size"),
+        ("score.py", "fast", "--memory balanced"),
+        ("score.py", "low", "--device cpu"),
     ],
 )
 def test_out_of_memory_is_one_line_that_names_the_next_smaller_setting(

@@ -16,7 +16,8 @@ from PIL import Image
 
 from minimti.invert import Recipe
 from minimti.io.files import InputError
-from minimti.io.video import Clip
+from minimti.io.pixels import to_uint8
+from minimti.io.video import Clip, read_clip
 from minimti.motion import Motion
 from minimti.pipeline import learn
 from minimti.run import Run, digest, draw_losses
@@ -395,6 +396,8 @@ def test_the_pictures_show_the_clip_and_the_losses(mini_svd, clip, tmp_path):
         train(mini_svd, clip, run)
     strip, curve = (Image.open(tmp_path / "m.run" / f"{name}.png").convert("RGB") for name in ("clip", "loss"))
     assert strip.size == (4 * MINI.size[0], MINI.size[1]) and curve.size == (800, 400)
+    kept = read_clip(tmp_path / "m.run" / "frames", MINI, num_frames=4, size=MINI.size, stride=1)
+    assert torch.equal(to_uint8(kept.frames), to_uint8(clip.frames))
     assert len(curve.getcolors(1 << 20)) > 20
     with Run(tmp_path / "n.pt", 1) as run:
         run._lock()

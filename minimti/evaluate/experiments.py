@@ -7,6 +7,7 @@ label of a table row and by quantity, a value for every target of every motion.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from statistics import correlation
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from minimti.evaluate.evaluation import (
 )
 from minimti.evaluate.results import Result, Values
 from minimti.motion import Motion
+from minimti.score import EXPECTED, NOT_EXPECTED, THRESHOLDS, expectation, measure
 from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
 from minimti.world.scene import CAMERA_WORDS, Program, Scene, Trajectory, Wave, flip, render, trajectory
@@ -36,6 +38,8 @@ TOKEN_LAYOUTS = ((True, 1), (True, 15), (False, 1), (False, NUM_TOKENS), (False,
 CURVE = (0, 0.05, 0.15, 0.4, 1)  # shares of an inversion's steps after which `iterations` measures the error
 MILESTONES = (0, 0.25, 0.5, 1)  # the same, for the pictures of `unconditional`
 P_MEANS = (1.0, 2.8)  # mean of ln(sigma) in SVD's training and in the paper's inversion; the model's own is added
+SCORED = (0, 0.05, 0.13, 0.25, 0.5, 1)  # the same, for `score`: embeddings that transfer not at all, hardly, and well
+WORKS, FAILS = 0.35, 0.7  # mean error of a motion's targets below which it transfers, and above which it does not
 GAITS = (Wave(0.2, 4), Wave(0.2, 8))  # two rhythms of the same movement
 
 
@@ -286,6 +290,33 @@ def unconditional(evaluation: Evaluation) -> Result:
     return {}
 
 
+def score(evaluation: Evaluation) -> Result:
+    """How much the score of an embedding says of its transfers (minimti.score), as an inversion goes on.
+
+    "right": how often its sentence is the one that the mean error of the targets deserves, by WORKS and FAILS.
+    "opposite": how often it promises a transfer that fails, or denies one that works. The rank correlation is that of
+    the score's figure of motion with this error, negated, over all motions and steps.
+    """
+    inversion = evaluation.inversion()
+    steps = shares_of(inversion, SCORED)
+    rows: Result = {}
+    figures, errors = [], []
+    for name, case in evaluation.cases.items():
+        clip = evaluation.pixels(render(case.reference))
+        for step, motion in zip(steps, evaluation.snapshots(case, inversion, steps)):
+            row = rows.setdefault(f"{step} steps", {})
+            row.setdefault("error", {})[name] = evaluation.errors(case, motion)
+            figures.append(measure(evaluation.svd, motion, clip).learned.motion)
+            errors.append(float(np.mean(row["error"][name])))
+            said = expectation(figures[-1], *THRESHOLDS["tiny"])
+            deserved = expectation(-errors[-1], -WORKS, -FAILS)
+            row.setdefault("motion", {})[name] = [figures[-1]]
+            row.setdefault("right", {})[name] = [said == deserved]
+            row.setdefault("opposite", {})[name] = [{said, deserved} == {EXPECTED, NOT_EXPECTED}]
+    ranks = [np.argsort(np.argsort(values)).tolist() for values in (figures, -np.array(errors))]
+    return rows | {"motion and error": {"rank correlation": {"all": [correlation(*ranks)]}}}
+
+
 def attention(evaluation: Evaluation) -> Result:
     """Figure 5: how the positions of each frame distribute their attention over the tokens, with one token and five.
 
@@ -356,5 +387,6 @@ EXPERIMENTS: dict[str, Callable[[Evaluation], Result]] = {
     "optimiser": optimiser,
     "iterations": iterations,
     "unconditional": unconditional,
+    "score": score,
     "attention": attention,
 }

@@ -14,6 +14,7 @@ from minimti.evaluate.evaluation import Evaluation, Settings, body_colour, clip_
 from minimti.evaluate.experiments import EXPERIMENTS
 from minimti.evaluate.results import summary
 from minimti.networks.attention import attention
+from minimti.score import Figures, Score
 from minimti.world.scene import flip, habit, render
 from minimti.world.shapes import SHAPES
 
@@ -179,6 +180,50 @@ def test_token_layouts_are_learned_as_they_are_called(ideal, monkeypatch):
     layouts = [f"{1 if inversion.shared else 9} x {inversion.num_tokens}" for inversion in inversions]
     assert list(dict.fromkeys(layouts)) == list(found) and {inversion.seed for inversion in inversions} == {0, 1}
     assert all(mean(row["error"]) < 0.2 for row in found.values())
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_the_score_is_right_where_its_figure_follows_the_error(ideal, monkeypatch, obedient):
+    """Sprites that obey move as they should; others by their habits, which are wrong."""
+    ideal.obedient = obedient
+    figures = iter([0.9, 0.65, 0.1] * 6)
+    drawn: list[float] = []
+
+    def measure(svd, motion, clip):
+        assert svd is ideal.svd and clip.shape == (8, 3, 48, 48) and -1 <= clip.min() < clip.max() <= 1
+        drawn.append(next(figures))
+        return Score("tiny", *3 * [Figures(drawn[-1], 0.0)])
+
+    monkeypatch.setattr(experiments, "measure", measure)
+    found = EXPERIMENTS["score"](ideal)
+    by_step = [row for label, row in found.items() if label.endswith(" steps")]
+    names = [*ideal.cases]
+    assert len(by_step) == 6 and len(drawn) == 18
+    for k, row in enumerate(by_step):
+        for m, name in enumerate(names):
+            figure, error = drawn[6 * m + k], np.mean(row["error"][name])
+            works, fails = error <= 0.35, error > 0.7
+            deserved = 0 if works else 2 if fails else 1
+            said = 0 if figure >= 0.7 else 1 if figure >= 0.6 else 2
+            assert row["motion"][name] == [figure] and row["right"][name] == [said == deserved]
+            assert row["opposite"][name] == [abs(said - deserved) == 2]
+    assert mean(by_step[0]["error"]) < 0.2 if obedient else mean(by_step[0]["error"]) > 0.7
+
+
+def test_the_scores_rank_correlation_is_one_for_a_figure_that_falls_with_the_error(ideal, monkeypatch):
+    rng, drawn = np.random.default_rng(0), []
+
+    def errors(case, motion):
+        drawn.append(rng.random())
+        return [drawn[-1]]
+
+    monkeypatch.setattr(ideal, "errors", errors)
+    for sign in (1, -1):
+        monkeypatch.setattr(
+            experiments, "measure", lambda *_, sign=sign: Score("tiny", *3 * [Figures(-sign * np.exp(drawn[-1]), 0.0)])
+        )
+        found = EXPERIMENTS["score"](ideal)["motion and error"]["rank correlation"]
+        assert found["all"] == pytest.approx([sign])
 
 
 @torch.no_grad()
