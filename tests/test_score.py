@@ -107,6 +107,7 @@ def test_progress_goes_through_both_samples(mini_svd):
     assert seen == [("sample", step, 2 * MINI.num_steps) for step in range(1, 2 * MINI.num_steps + 1)]
 
 
+@pytest.mark.full
 def test_less_memory_measures_the_same(mini_svd, monkeypatch):
     expected = measure(mini_svd, embedding(), as_input(moving()))
     monkeypatch.setattr(mini_svd, "device", torch.device("cpu"))

@@ -36,6 +36,7 @@ def test_processes_share_arguments_and_cores():
     assert {threads for *_, threads in results} == {max(os.cpu_count() // 2, 1)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("function, error, said", [(fail, ValueError, "of 1"), (die, RuntimeError, "was killed")])
 def test_what_goes_wrong_in_a_process_is_raised(function, error, said):
     with pytest.raises(error, match=said):
