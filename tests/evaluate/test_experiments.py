@@ -263,4 +263,4 @@ def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words,
             for quantity, values in quantities.items():
                 statistics = summary([values])
                 assert statistics["mean"] is None or np.isfinite(statistics["mean"]), (name, label, quantity)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in PICTURES}
+    assert {path.name for path in tmp_path.iterdir()} == {"embeddings", *(f"{name}.png" for name in PICTURES)}
