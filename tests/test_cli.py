@@ -88,6 +88,7 @@ def properties(path: Path) -> tuple:
 SMALL_FILE = ("--model", "small.safetensors")
 
 
+@pytest.mark.full
 def test_a_sample_is_the_video_asked_for(work):
     """Twice by the same command, which is in the file's metadata."""
     for name in ("a.mp4", "b.mp4"):
@@ -305,6 +306,7 @@ def test_help_is_there_at_once(program):
             assert done.stdout == f"minimti {minimti.__version__}\n"
 
 
+@pytest.mark.full
 def test_every_setting_of_training_reaches_the_tokens(work, call):
     """Also guards against a learning rate that never reaches the optimiser."""
     tokens = set()
@@ -318,6 +320,7 @@ def test_every_setting_of_training_reaches_the_tokens(work, call):
     assert len(tokens) == len(settings)
 
 
+@pytest.mark.full
 def test_precision_reaches_the_video(work, call):
     contents = set()
     for setting in ("--dtype bfloat16", "--vae-dtype bfloat16", "--seed 1", ""):
@@ -500,6 +503,7 @@ def test_bad_input_is_one_line(work, call, oddities, program, args, message):
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
 
 
+@pytest.mark.full
 def test_bad_input_is_one_line_of_the_process_too(work):
     done = run(work, "sample.py", "--emb", "img.png", "img.png")
     assert done.returncode == 2

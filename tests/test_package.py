@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_code_and_the_embedded_model_and_nothing_else(wheel)
     assert names == code | weights and "minimti/tiny/tiny.safetensors" in weights and len(weights) == 2
 
 
+@pytest.mark.full
 def test_the_installed_package_works_from_another_folder(wheel, tmp_path):
     (tmp_path / "here").mkdir()
     with zipfile.ZipFile(wheel) as archive:  # a wheel without compiled code is installed by unpacking it

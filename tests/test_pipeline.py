@@ -263,6 +263,7 @@ def test_a_video_is_the_sample_of_the_embedding(svd, motion):
     assert torch.equal(video, ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
+@pytest.mark.full
 def test_every_argument_reaches_the_video(svd, motion):
     variants = [
         {},

@@ -183,6 +183,7 @@ def test_steps_that_are_added_to_the_papers_recipe_are_those_of_a_longer_run(min
     assert Motion.load(tmp_path / "m-1.pt").steps == 3 and Motion.load(tmp_path / "m.pt").steps == 5
 
 
+@pytest.mark.full
 def test_steps_that_are_added_to_ours_begin_another_cosine(mini_svd, clip, tmp_path):
     """Stopped amid the added ones too, the tokens are the same; the rate starts high again."""
     results = []

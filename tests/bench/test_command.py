@@ -96,6 +96,7 @@ def test_names_and_patterns_choose():
 # ---------------------------------------------------------------------------------------------- measuring
 
 
+@pytest.mark.full
 def test_costs_are_printed_and_saved(tmp_path):
     found = report(tmp_path / "b.json")
     work(found, chosen(plan(TOY, "costs", 1), ["encode", "sample"]), None, lambda: 0.0)
