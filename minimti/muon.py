@@ -5,7 +5,7 @@ matrices only, no convolutions, and computes in bfloat16, which is hundreds of t
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,17 +25,18 @@ def is_matrix(name: str, p: Tensor) -> bool:
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """[rows, columns] -> the same singular vectors with singular values between about 0.7 and 1.2.
+    """[..., rows, columns] -> the same singular vectors with singular values between about 0.7 and 1.2.
 
     The Newton-Schulz iteration X <- p(X X^T) X with an odd polynomial. All powers of the smaller Gram matrix commute,
     so the iteration runs on the Gram matrix and multiplies the matrix itself only once, at the end.
     """
-    if len(matrix) > matrix.shape[1]:
-        return orthogonalised(matrix.T).T
+    rows, columns = matrix.shape[-2:]
+    if rows > columns:
+        return orthogonalised(matrix.mT).mT
     a, b, c = COEFFICIENTS
-    x = matrix / (matrix.norm() + 1e-12)
-    gram = x @ x.T
-    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-12)
+    gram = x @ x.mT  # [..., rows, rows]
+    identity = torch.eye(rows, dtype=x.dtype, device=x.device)
     product: Tensor | None = None
     for _ in range(ITERATIONS):
         polynomial = a * identity + b * gram + c * gram @ gram
@@ -59,19 +60,34 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:  # not every batch uses every matrix: a single token needs no keys
-                    continue
+            # Not every batch uses every matrix: a single token needs no keys.
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                mean = self.state[p]["momentum"]
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                # Channels may be innermost in memory: with them last, flattening needs no copy.
-                ahead = p.grad.lerp(mean, group["momentum"]).movedim(1, -1)  # [out, ..., in]
-                matrix = ahead.flatten(1)  # [out, columns]
-                update = orthogonalised(matrix) * (UPDATE_RMS * max(matrix.shape) ** 0.5)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view(ahead.shape).movedim(-1, 1), alpha=-group["lr"])
+            grads, means = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            updates = self._updates(torch._foreach_lerp(grads, means, group["momentum"]))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    @staticmethod
+    def _updates(ahead: Sequence[Tensor]) -> list[Tensor]:
+        """The update of each weight, [out, in, ...] like its gradient; matrices of one shape are computed together."""
+        updates = list(ahead)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, gradient in enumerate(ahead):
+            by_shape.setdefault(gradient.shape, []).append(i)
+        for indices in by_shape.values():
+            # Channels may be innermost in memory: with them last, flattening needs no copy.
+            rows = [ahead[i].movedim(1, -1) for i in indices]  # [out, ..., in] each
+            matrices = torch.stack([matrix.flatten(1) for matrix in rows])  # [n, out, columns]
+            scale = UPDATE_RMS * max(matrices.shape[1:]) ** 0.5
+            for i, update in zip(indices, orthogonalised(matrices) * scale):
+                updates[i] = update.view(rows[0].shape).movedim(-1, 1)
+        return updates
 
 
 class SharedMuon:
