@@ -1,13 +1,14 @@
 """What only a GPU can show: `pytest tests/test_on_cuda.py` on one. Without a GPU all of it is skipped."""
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from official import MINI, fill_by_name
+from official import MINI, SMALLER, fill_by_name
 
 from minimti.budget import budget_of
 from minimti.invert import invert, make_recipe
@@ -15,6 +16,9 @@ from minimti.motion import Motion, initialise
 from minimti.networks.graph import Graphed
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
+from minimti.pretrain.run import Gradients, begin
+from minimti.pretrain.run import generator as rng
+from minimti.pretrain.stages import STAGES, draw_clips, encode_clips
 from minimti.ranks import Ranks
 from minimti.svd import SVD, Conditioning
 
@@ -123,6 +127,31 @@ def test_what_cannot_be_recorded_runs_without_and_says_so():
         (first,) = step(torch.ones(2, device="cuda"))
     (second,) = step(torch.full((2,), 3.0, device="cuda"))
     assert first.tolist() == [2, 2] and second.tolist() == [18, 18]
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in STAGES])
+def test_a_recorded_step_of_pretraining_has_the_gradients_of_an_eager_one(exact, tmp_path, monkeypatch, name):
+    run = begin(SMALLER, tmp_path, tmp_path, 0, 1e-6, device=torch.device("cuda"))
+    run.dtype = torch.float32
+    run.stage = [stage.name for stage in STAGES].index(name)
+    stage, params = STAGES[run.stage], [*run.trainable().values()]
+    clips = {kind: encode_clips(run.model, draw_clips(SMALLER, kind, rng(0), 2)) for kind in stage.clips}
+    batches = [stage.draw(SMALLER, clips, rng(seed), 4) for seed in range(4)]
+
+    def found() -> list[torch.Tensor]:
+        gradients, losses = Gradients(run, params), []
+        for batch in batches:
+            losses.append(gradients(batch))
+        return [torch.stack(losses), *(p.grad.clone() for p in params if p.grad is not None)]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the step cannot be recorded")
+        recorded = found()
+    monkeypatch.setattr(Graphed, "__call__", lambda self, *inputs: self.function(*inputs))
+    eager = found()
+    assert len(recorded) == len(eager)
+    for ours, expected in zip(recorded, eager):
+        assert (ours - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
 def test_memory_modes_give_the_same(exact, svd):

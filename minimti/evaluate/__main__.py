@@ -12,11 +12,11 @@ from minimti.checkpoint.fingerprint import fingerprint
 from minimti.config import DTYPES
 from minimti.evaluate.evaluation import Settings
 from minimti.evaluate.experiments import EXPERIMENTS
-from minimti.evaluate.jobs import in_processes
 from minimti.evaluate.results import HEADER, Results
 from minimti.evaluate.tasks import Task, load, run
 from minimti.invert import make_recipe
 from minimti.io.files import check_writable
+from minimti.jobs import in_processes
 
 
 def parse() -> argparse.Namespace:

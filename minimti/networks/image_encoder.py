@@ -43,8 +43,9 @@ def preprocess(image: Tensor, size: int) -> Tensor:
     image is squashed to a square, whatever its aspect, and neither clamped nor rounded to 8 bits.
     """
     image = F.interpolate(_blur(image, size), (size, size), mode="bicubic", align_corners=True)
-    mean, std = (torch.tensor(v, dtype=image.dtype, device=image.device).view(3, 1, 1) for v in (MEAN, STD))
-    return ((image + 1) / 2 - mean) / std
+    # Filled on the device: a copy from the CPU cannot be recorded as a CUDA graph.
+    mean, std = (torch.stack([image.new_full((1, 1), value) for value in values]) for values in (MEAN, STD))
+    return ((image + 1) / 2 - mean) / std  # mean, std [3, 1, 1]
 
 
 def _blur(image: Tensor, size: int) -> Tensor:
@@ -53,17 +54,17 @@ def _blur(image: Tensor, size: int) -> Tensor:
     Source: kornia.geometry.transform.resize with antialias=True.
     """
     height, width = image.shape[-2:]
-    kernel_y, kernel_x = (_gaussian(length / size).to(image) for length in (height, width))
+    kernel_y, kernel_x = (_gaussian(length / size, image.device).to(image.dtype) for length in (height, width))
     pad_y, pad_x = len(kernel_y) // 2, len(kernel_x) // 2
     image = F.pad(image, (pad_x, pad_x, pad_y, pad_y), mode="reflect")
     image = F.conv2d(image, kernel_y.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)  # weight [3, 1, length, 1]
     return F.conv2d(image, kernel_x.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)  # weight [3, 1, 1, length]
 
 
-def _gaussian(factor: float) -> Tensor:
+def _gaussian(factor: float, device: torch.device) -> Tensor:
     """The kernel [length] for a reduction by `factor`; its sum is 1, its length odd."""
     sigma = max((factor - 1) / 2, 0.001)
     length = int(max(4 * sigma, 3)) // 2 * 2 + 1
-    x = torch.arange(length) - length // 2
+    x = torch.arange(length, device=device) - length // 2
     weights = torch.exp(-(x**2) / (2 * sigma**2))
     return weights / weights.sum()

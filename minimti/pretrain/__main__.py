@@ -1,12 +1,13 @@
 """Pre-trains the embedded model on the procedural world:  python -m minimti.pretrain"""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from minimti import cli, pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.config import MODELS
-from minimti.pretrain.run import DEFAULT, pretrain
+from minimti.pretrain.run import DEFAULT, pretrain, with_batch
 
 NAMES = [stage.name for stage in DEFAULT.stages]
 
@@ -34,6 +35,10 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help=f"any of {', '.join(NAMES)} (default: all); without the first, the model in --out is trained further",
     )
+    add("--lr", type=cli.number(1e-6, 1), default=DEFAULT.lr, help="largest learning rate (default: %(default)s)")
+    batch = "clips in a step of captions and images, and as many more to draw from (default: %(default)s)"
+    add("--batch", type=cli.integer(1, 10**4), default=DEFAULT.stages[-1].batch, help=batch)
+    add("--jobs", type=cli.integer(1, 1000), default=1, metavar="K", help="processes that draw clips (default: 1)")
     add("--device", default="cpu", help="cuda, cpu, ...; a run can go on on another one (default: %(default)s)")
     return parser.parse_args()
 
@@ -42,7 +47,9 @@ def main() -> None:
     """Run the command line."""
     args = parse()
     device = pipeline.check_device(args.device)
-    pretrain(MODELS["tiny"], Path(args.run), Path(args.out), args.seed, args.scale, args.stages, device=device)
+    settings = replace(with_batch(DEFAULT, args.batch), lr=args.lr)
+    folders = Path(args.run), Path(args.out)
+    pretrain(MODELS["tiny"], *folders, args.seed, args.scale, args.stages, settings, device, args.jobs)
 
 
 if __name__ == "__main__":

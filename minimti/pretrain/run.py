@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,19 @@ from minimti.checkpoint.load import open_checkpoint, sources
 from minimti.config import SVDConfig, printable, to_json
 from minimti.io import write
 from minimti.io.files import InputError, atomic_write, check_writable, make_folder, require_file
+from minimti.jobs import in_processes
 from minimti.muon import Muon, is_matrix
+from minimti.networks.graph import Graphed
 from minimti.pretrain.card import Record, Row, card, rows
 from minimti.pretrain.stages import (
     STAGES,
+    Batch,
+    DrawnClips,
     EncodedClips,
     PretrainModel,
     Stage,
-    encode_scenes,
+    draw_clips,
+    encode_clips,
     gaussian,
     normalise_latents,
 )
@@ -44,6 +49,7 @@ STATE = ("stage", "step", "history", "ema", "optimisers")  # fields of Run in it
 OPTIMISER_STATES = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, in `make_optimisers`' order
 COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # of a row of the card
 CPU = torch.device("cpu")
+FETCH_EVERY = 25  # steps between two fetches of losses from a GPU, which makes it wait
 ENCODED, HELD_OUT = 10**6, 2 * 10**6  # take the place of a stage's number in the seeds of other generators
 
 
@@ -83,6 +89,13 @@ DEFAULT = PretrainSettings(
 )
 
 
+def with_batch(settings: PretrainSettings, batch: int) -> PretrainSettings:
+    """The same with `batch` clips in a step of the UNet's stages, and as many more clips to draw from."""
+    stages = tuple(replace(stage, batch=batch) if stage.clips else stage for stage in settings.stages)
+    chunk = max(1, round(settings.chunk * batch / settings.stages[-1].batch))
+    return replace(settings, stages=stages, chunk=chunk)
+
+
 def generator(*numbers: int) -> np.random.Generator:
     """A random generator, seeded by a tuple of numbers."""
     return np.random.default_rng(numbers)
@@ -110,6 +123,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     stages: tuple[Stage, ...]  # those that the run goes through
+    jobs: int = 1  # processes that draw clips
     stage: int = 0
     step: int = 0
     history: list[Row] = field(default_factory=list)  # the card's rows of earlier runs
@@ -127,12 +141,17 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""
         names = " ".join(stage.name for stage in self.stages)
-        return {"config": to_json(self.config), "seed": self.seed, "scale": self.scale, "stages": names}
+        numbers = {"seed": self.seed, "scale": self.scale, "lr": self.settings.lr, "batch": self.stages[-1].batch}
+        return {"config": to_json(self.config), "stages": names, **numbers}
 
     @property
     def command(self) -> str:
         """The command line that makes this run."""
         options = f"--seed {self.seed} --scale {self.scale:g}"
+        if self.settings.lr != DEFAULT.lr:
+            options += f" --lr {self.settings.lr:g}"
+        if self.stages[-1].batch != DEFAULT.stages[-1].batch:
+            options += f" --batch {self.stages[-1].batch}"
         if len(self.stages) < len(self.settings.stages):
             options += f" --stages {self.identity['stages']}"
         return f"python -m minimti.pretrain {options}"
@@ -148,7 +167,8 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """The context of all passes through the networks."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        enabled = self.dtype == torch.bfloat16  # the cache of converted weights cannot be recorded as a graph
+        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of the current stage, by name; all others are frozen."""
@@ -174,6 +194,7 @@ def begin(
     names: Sequence[str] | None = None,
     settings: PretrainSettings = DEFAULT,
     device: torch.device = CPU,
+    jobs: int = 1,
 ) -> Run:
     """The run in `folder` as it was saved on any device, or a new one.
 
@@ -183,7 +204,7 @@ def begin(
     torch.manual_seed(seed)
     stages = tuple(stage for stage in settings.stages if names is None or stage.name in names)
     model = PretrainModel(config).to(device)
-    run = Run(config, settings, folder, seed, scale, model, device, faster_dtype(device), stages)
+    run = Run(config, settings, folder, seed, scale, model, device, faster_dtype(device), stages, jobs)
     if not run.path.exists():
         if stages[0] != settings.stages[0]:
             take_up(run, out)
@@ -194,7 +215,8 @@ def begin(
         if found == run.identity:
             restore(run, saved)
         require(all(type(value) in (str, int, float) for value in found.values()), "identity")
-        other = printable(f"--seed {found['seed']} --scale {found['scale']:g} --stages {found['stages']}", 200)
+        numbers = " ".join(f"--{key} {found[key]:g}" for key in ("seed", "scale", "lr", "batch"))
+        other = printable(f"{numbers} --stages {found['stages']}", 200)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
     if found != run.identity:
@@ -299,23 +321,29 @@ def make_optimisers(trainable: dict[str, nn.Parameter], settings: PretrainSettin
 
 def encoded_clips(run: Run, kind: str, check: Callable[[], None]) -> EncodedClips:
     """All encoded clips of a kind, from files in the run's folder; missing files are made first."""
-    parts, count = [], max(1, round(run.scale * run.settings.num_chunks[kind]))
+    count = max(1, round(run.scale * run.settings.num_chunks[kind]))
     make_folder(run.folder / "encoded")
-    run.encoding_seconds[kind] = 0.0
-    for i in tqdm(range(count), desc=f"encode {kind}", mininterval=1):
-        path = run.folder / "encoded" / f"{kind}-{i:04}.pt"
-        if not path.exists():
-            check()
-            start = time.perf_counter()
-            rng = generator(run.seed, ENCODED + list(SCENES).index(kind), i)
-            with run.autocast():
-                chunk = encode_scenes(run.model, kind, rng, run.settings.chunk)
-            with atomic_write(path) as part, open(part, "wb") as file:
-                torch.save({"seconds": time.perf_counter() - start, "tensors": vars(chunk)}, file)
-        seconds, tensors = read_encoded(run, path)
-        run.encoding_seconds[kind] += seconds
-        parts.append(tensors)
+    paths = [run.folder / "encoded" / f"{kind}-{i:04}.pt" for i in range(count)]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    arguments = [(run.config, kind, run.seed, i, run.settings.chunk) for i in missing]
+    before = time.perf_counter()
+    drawings = in_processes(draw_chunk, arguments, run.jobs)
+    for i, drawn in tqdm(drawings, f"encode {kind}", len(missing), mininterval=1):
+        check()
+        with run.autocast():
+            chunk = encode_clips(run.model, drawn)
+        now = time.perf_counter()
+        with atomic_write(paths[i]) as part, open(part, "wb") as file:
+            torch.save({"seconds": now - before, "tensors": vars(chunk)}, file)
+        before = now
+    seconds, parts = zip(*(read_encoded(run, path) for path in paths))
+    run.encoding_seconds[kind] = sum(seconds)
     return EncodedClips(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def draw_chunk(config: SVDConfig, kind: str, seed: int, i: int, num_scenes: int) -> tuple[int, DrawnClips]:
+    """The clips number i of a kind, with i."""
+    return i, draw_clips(config, kind, generator(seed, ENCODED + list(SCENES).index(kind), i), num_scenes)
 
 
 def read_encoded(run: Run, path: Path) -> tuple[float, list[Tensor]]:
@@ -341,6 +369,36 @@ def read_encoded(run: Run, path: Path) -> tuple[float, list[Tensor]]:
     return seconds, found
 
 
+class Gradients:
+    """The loss of a stage, and its gradients. On CUDA they are recorded, once for each kind of batch."""
+
+    def __init__(self, run: Run, params: Sequence[nn.Parameter]):
+        self.run, self.params = run, params
+        self.functions: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}  # by shapes of the batch
+        self.used: dict[tuple[torch.Size, ...], list[nn.Parameter]] = {}  # the parameters that get a gradient
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss; the gradients are those of the parameters, None where the batch has no use for one."""
+        device, shapes = self.run.device, tuple(tensor.shape for tensor in batch)
+        if device.type == "cuda":  # from pinned memory the copy does not wait for the steps before
+            batch = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+        if shapes not in self.functions:
+            self.functions[shapes] = Graphed(self.compute) if device.type == "cuda" else self.compute
+        loss, *grads = self.functions[shapes](*(tensor.to(device) for tensor in batch))
+        for p, grad in zip(self.used[shapes], grads):
+            p.grad = grad
+        return loss
+
+    def compute(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """The loss and the gradients of the parameters that the batch uses."""
+        with self.run.autocast():
+            loss = self.run.stages[self.run.stage].loss(self.run.model, *batch)
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        found = [(p, grad) for p, grad in zip(self.params, grads) if grad is not None]
+        self.used[tuple(tensor.shape for tensor in batch)] = [p for p, _ in found]
+        return loss.detach(), *(grad for _, grad in found)
+
+
 def train(run: Run, check: Callable[[], None]) -> None:
     """Train the current stage from its current step to its end; leaves the averaged weights in the model.
 
@@ -361,7 +419,21 @@ def train(run: Run, check: Callable[[], None]) -> None:
     else:
         run.ema = {name: p.detach().clone() for name, p in trainable.items()}
 
+    gradients = Gradients(run, [*trainable.values()])
+    unfetched: list[Tensor] = []
+    fetch_every = 1 if run.device.type == "cpu" else FETCH_EVERY
+
+    def fetch() -> None:
+        losses = torch.stack(unfetched).tolist() if unfetched else []
+        unfetched.clear()
+        for loss in losses:
+            if not math.isfinite(loss):
+                number = len(record.losses) + 1
+                raise FloatingPointError(f"stage {stage.name}: the loss of step {number} is not finite")
+            record.losses.append(loss)
+
     def save() -> None:
+        fetch()
         run.optimisers = [optimiser.state_dict() for optimiser in optimisers]
         run.save()
 
@@ -370,11 +442,10 @@ def train(run: Run, check: Callable[[], None]) -> None:
     try:
         while run.step < steps:
             check()
-            with run.autocast():
-                loss = stage.loss(run.model, clips, generator(run.seed, number, run.step), stage.batch)
-            if not loss.isfinite():
-                raise FloatingPointError(f"stage {stage.name}: the loss of step {run.step + 1} is not finite")
-            loss.backward()
+            batch = stage.draw(run.config, clips, generator(run.seed, number, run.step), stage.batch)
+            unfetched.append(gradients(batch))
+            if len(unfetched) == fetch_every:
+                fetch()
             nn.utils.clip_grad_norm_(trainable.values(), settings.clip_norm)
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
@@ -385,20 +456,19 @@ def train(run: Run, check: Callable[[], None]) -> None:
                 decay = min(settings.ema, (1 + run.step) / (10 + run.step))  # short averages at first
                 torch._foreach_lerp_(list(run.ema.values()), list(trainable.values()), 1 - decay)
             run.step += 1
-            record.losses.append(loss.item())
             progress.update()
-            progress.set_postfix(loss=f"{np.mean(record.losses[-50:]):.4f}", refresh=False)
+            progress.set_postfix(loss=f"{np.mean(record.losses[-50:] or [math.nan]):.4f}", refresh=False)
             now = time.perf_counter()
             record.seconds, started = record.seconds + now - started, now
             if now - saved > settings.save_seconds:
                 save()
                 saved = now
+        save()
     except KeyboardInterrupt:
         save()
         raise
     finally:
         progress.close()
-    save()
     with torch.no_grad():
         for name, p in trainable.items():
             p.copy_(run.ema[name])
@@ -443,7 +513,7 @@ def show_samples(run: Run) -> None:
         else:
             tokens = captions.caption_tokens(run.model.words, [s.program for s in scenes], config.num_frames)
         cond = svd.prepare(clips[:, 0], tokens, config.micro, noise)
-        n = gaussian(generator(run.seed, HELD_OUT), cond.concat)
+        n = gaussian(generator(run.seed, HELD_OUT), *cond.concat.shape).to(run.device)
         *_, x = svd.sample(cond, n, config.num_steps, run.settings.shown_guidance)
         out = svd.decode(x)
     pairs = torch.stack([clips, out], dim=1)
@@ -482,18 +552,19 @@ def pretrain(
     names: Sequence[str] | None = None,
     settings: PretrainSettings = DEFAULT,
     device: torch.device = CPU,
+    jobs: int = 1,
 ) -> Run:
     """Go through the stages `names` (default: all) that the run in `folder` has not done; write the model to `out`.
 
-    `scale` multiplies the steps of all stages. The model is written after every stage. Raises InputError if the sizes
-    are impossible, `folder` holds another run, or `out` lacks the model to start from; KeyboardInterrupt when stopped,
-    after saving; FloatingPointError if a loss is not finite.
+    `scale` multiplies the steps of all stages; `jobs` processes draw clips. The model is written after every stage.
+    Raises InputError if the sizes are impossible, `folder` holds another run, or `out` lacks the model to start from;
+    KeyboardInterrupt when stopped, after saving; FloatingPointError if a loss is not finite.
     """
     check_sizes(config)
     for place in (folder, out):
         make_folder(place)
         check_writable(place / "checkpoint.pt")
-    run = begin(config, folder, out, seed, scale, names, settings, device)
+    run = begin(config, folder, out, seed, scale, names, settings, device, jobs)
     with signals.held() as check:
         while run.stage < len(run.stages):
             name = run.stages[run.stage].name

@@ -1,9 +1,10 @@
 """The five stages of pre-training: their data, their losses, and the modules that they train.
 
-Everything random in a loss comes from the generator that it is given, so a step can be repeated exactly.
+A stage draws the tensors of a step on the CPU, all random numbers among them, and its loss computes with them alone. So
+a step can be repeated exactly, and recorded as a CUDA graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,8 @@ from minimti.world.captions import CaptionEmbedding, word_ids
 from minimti.world.clips import SCENES, captioned_scene, first_frame, habitual_scene, pixels
 from minimti.world.scene import SCALES, SPEED, Scene, flip, render, trajectory
 from minimti.world.shapes import SHAPES
+
+Batch = tuple[Tensor, ...]  # what a stage draws for a step
 
 # Autoencoder.
 KL_WEIGHT = 1e-4
@@ -94,9 +97,15 @@ def initialise(svd: SVD) -> None:
 # ---------------------------------------------------------------------------------------------- data
 
 
-def gaussian(rng: np.random.Generator, like: Tensor) -> Tensor:
-    """Unit normal noise in fp32, of the shape and on the device of a tensor; the same on every device."""
-    return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype=np.float32)).to(like.device)
+def gaussian(rng: np.random.Generator, *shape: int) -> Tensor:
+    """Unit normal noise in fp32."""
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def latent_shape(config: SVDConfig) -> tuple[int, int, int]:
+    """Channels, height and width of a frame's latent."""
+    cell = 2 ** (len(config.vae.ch_mult) - 1)
+    return config.vae.z_channels, config.size[1] // cell, config.size[0] // cell
 
 
 @dataclass(frozen=True)
@@ -112,27 +121,41 @@ class EncodedClips:
     words: Tensor  # int64 [n, NUM_SLOTS], the caption
 
 
-def encode_scenes(model: PretrainModel, kind: str, rng: np.random.Generator, num_scenes: int) -> EncodedClips:
-    """Draw scenes of a kind and encode them: 2 * num_scenes clips, each followed by its mirror image.
+@dataclass(frozen=True)
+class DrawnClips:
+    """Clips before they are encoded: each is followed by its mirror image, which has the same caption."""
 
-    A clip and its mirror image have the same caption.
-    """
-    svd, config = model.svd, model.config
-    parts = []
-    for _ in range(num_scenes):
-        scene = SCENES[kind](rng, config)
-        frames = pixels(render(scene)).to(model.device)
-        both = torch.stack([frames, frames.flip(-1)])  # [2, F, 3, H, W]
-        image = both[:, 0] + config.micro.cond_aug * gaussian(rng, both[:, 0])
-        with torch.no_grad():
-            pictures = torch.cat([both.flatten(0, 1), image])  # [2 F + 2, 3, H, W]
-            raw = svd.vae.moments(pictures).chunk(2, dim=1)[0].float()
-            embedding = svd.embed(both[:, 0])
-        latents = config.vae.scale_factor * raw[:-2].unflatten(0, (2, -1))  # [2, F, z, h, w]
-        parts.append((latents, raw[-2:], embedding, word_ids([scene.program] * 2)))
-    latents, image, embedding, ids = (torch.cat(tensors) for tensors in zip(*parts))
+    frames: np.ndarray  # uint8 [n, F, 3, H, W]
+    noise: np.ndarray  # fp32 [n, 3, H, W], unit normal, for the first frame
+    words: Tensor  # int64 [n, NUM_SLOTS]
+
+
+def draw_clips(config: SVDConfig, kind: str, rng: np.random.Generator, num_scenes: int) -> DrawnClips:
+    """Draw scenes of a kind and render them: 2 * num_scenes clips."""
+    scenes = [SCENES[kind](rng, config) for _ in range(num_scenes)]
+    rendered = [render(scene) for scene in scenes]
+    frames = np.stack([clip for own in rendered for clip in (own, own[..., ::-1])])
+    noise = rng.standard_normal(frames[:, 0].shape, dtype=np.float32)
+    words = word_ids([scene.program for scene in scenes for _ in range(2)])
+    return DrawnClips(frames, noise, words)
+
+
+@torch.no_grad()
+def encode_clips(model: PretrainModel, drawn: DrawnClips) -> EncodedClips:
+    """Encode clips on the model's device."""
+    svd, config, parts = model.svd, model.config, []
+    at_once = 2 if model.device.type == "cpu" else 64  # on a CPU, activations should fit its caches
+    for start in range(0, len(drawn.frames), at_once):
+        part = slice(start, start + at_once)
+        clips = pixels(drawn.frames[part]).to(model.device)  # [n, F, 3, H, W]
+        image = clips[:, 0] + config.micro.cond_aug * torch.from_numpy(drawn.noise[part]).to(model.device)
+        pictures = torch.cat([clips.flatten(0, 1), image])  # [n F + n, 3, H, W]
+        raw = svd.vae.moments(pictures).chunk(2, dim=1)[0].float()
+        latents = config.vae.scale_factor * raw[: -len(clips)].unflatten(0, (len(clips), -1))  # [n, F, z, h, w]
+        parts.append((latents, raw[-len(clips) :], svd.embed(clips[:, 0])))
     # Converted last: torch.cat fails on fp16 tensors under the CPU's autocast to bf16.
-    return EncodedClips(latents.half().cpu(), image.half().cpu(), embedding.half().cpu(), ids)
+    latents, image, embedding = (torch.cat(tensors).half().cpu() for tensors in zip(*parts))
+    return EncodedClips(latents, image, embedding, drawn.words)
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder
@@ -185,22 +208,31 @@ def posterior(vae: VAE, frames: Tensor) -> tuple[Tensor, Tensor]:
     return mean, log_variance.clamp(-30, 20)
 
 
-def frames_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.random.Generator, batch: int) -> Tensor:
-    """Autoencoding of `batch` single frames, two of each clip; a scalar.
+def frames_batch(config: SVDConfig, encoded: Mapping[str, EncodedClips], rng: np.random.Generator, batch: int) -> Batch:
+    """`batch` single frames [batch, 3, H, W], two of each clip, and for one half of them maps [batch / 2, 2, 3].
+
+    The third is noise for the latents of the frames and of the mapped half: [3 batch / 2, z, h, w].
+    """
+    frames = []
+    for _ in range(batch // 2):
+        scene = captioned_scene(rng, config)
+        frames.append(render(scene)[rng.choice(scene.num_frames, 2, replace=False)])
+    maps = random_maps(rng, batch // 2)
+    return pixels(np.concatenate(frames)), maps, gaussian(rng, 3 * (batch // 2), *latent_shape(config))
+
+
+def frames_loss(model: PretrainModel, frames: Tensor, maps: Tensor, noise: Tensor) -> Tensor:
+    """Autoencoding of what `frames_batch` draws; a scalar.
 
     Half of the pictures are rotated, scaled and shifted. Their latents must transform likewise, both those that the
     encoder makes and those that the decoder is given (after EQ-VAE, Kouzelis et al. 2025). Otherwise a sprite that
     moves by half a cell has a different code, and motion is hard to learn.
     """
-    vae, frames = model.svd.vae, []
-    for _ in range(batch // 2):
-        scene = captioned_scene(rng, model.config)
-        frames.append(render(scene)[rng.choice(scene.num_frames, 2, replace=False)])
-    still, moving = pixels(np.concatenate(frames)).to(model.device).chunk(2)
-    maps = random_maps(rng, len(moving)).to(model.device)
+    vae = model.svd.vae
+    still, moving = frames.chunk(2)
     moved = mapped(moving, maps)
     mean, log_variance = posterior(vae, torch.cat([still, moving, moved]))
-    z_still, z_moving, _ = (mean + (log_variance / 2).exp() * gaussian(rng, mean)).chunk(3)
+    z_still, z_moving, _ = (mean + (log_variance / 2).exp() * noise).chunk(3)
     out = decode_frames(vae.decoder, torch.cat([z_still, mapped(z_moving, maps)])).float()
     _, before, after = mean.chunk(3)
     equivariance_error = (after - mapped(before, maps)).square().mean((0, 2, 3)) / mean.var((0, 2, 3))
@@ -209,20 +241,25 @@ def frames_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.
     return fidelity + KL_WEIGHT * divergence + EQUIVARIANCE_WEIGHT * equivariance_error.mean()
 
 
-def clips_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.random.Generator, batch: int) -> Tensor:
-    """Decoding of `batch` clips of half the length, with layers over time; the encoder is not trained. A scalar.
-
-    Noise of a random level on the latents makes the decoder robust to the errors of a sampler.
-    """
-    vae, length, clips = model.svd.vae, model.config.num_frames // 2, []
+def clips_batch(config: SVDConfig, encoded: Mapping[str, EncodedClips], rng: np.random.Generator, batch: int) -> Batch:
+    """`batch` clips of half the length L, [batch, L, 3, H, W], and noise of one random level, [(batch L), z, h, w]."""
+    length, clips = config.num_frames // 2, []
     for _ in range(batch):
-        start = int(rng.integers(model.config.num_frames - length + 1))
-        clips.append(render(captioned_scene(rng, model.config))[start : start + length])
-    frames = pixels(np.stack(clips)).to(model.device)  # [batch, length, 3, H, W]
+        start = int(rng.integers(config.num_frames - length + 1))
+        clips.append(render(captioned_scene(rng, config))[start : start + length])
+    level = rng.uniform(0, MAX_LATENT_NOISE) / config.vae.scale_factor
+    return pixels(np.stack(clips)), level * gaussian(rng, batch * length, *latent_shape(config))
+
+
+def clips_loss(model: PretrainModel, frames: Tensor, noise: Tensor) -> Tensor:
+    """Decoding of what `clips_batch` draws, with layers over time; the encoder is not trained. A scalar.
+
+    Noise on the latents makes the decoder robust to the errors of a sampler.
+    """
+    length = frames.shape[1]
     with torch.no_grad():
-        mean, _ = posterior(vae, frames.flatten(0, 1))  # [(batch length), z, h, w]
-    noise = rng.uniform(0, MAX_LATENT_NOISE) / vae.config.scale_factor
-    out = vae.decoder(mean + noise * gaussian(rng, mean), length).float()
+        mean, _ = posterior(model.svd.vae, frames.flatten(0, 1))  # [(batch length), z, h, w]
+    out = model.svd.vae.decoder(mean + noise, length).float()
     return picture_loss(out.unflatten(0, (-1, length)), frames, (-1, -2, 1))  # [batch, length, 3, H, W]
 
 
@@ -286,7 +323,7 @@ def facts(scene: Scene) -> np.ndarray:
     )
 
 
-def tower_batch(rng: np.random.Generator, config: SVDConfig, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def tower_batch(config: SVDConfig, encoded: Mapping[str, EncodedClips], rng: np.random.Generator, batch: int) -> Batch:
     """Pictures [batch, 3, H, W] in [-1,1], their shapes [batch] (indices into SHAPES) and facts [batch, NUM_FACTS].
 
     The second half are the mirror images of the first, so that the labels of a pair differ only in directions.
@@ -298,12 +335,11 @@ def tower_batch(rng: np.random.Generator, config: SVDConfig, batch: int) -> tupl
     return images, shapes, torch.from_numpy(np.stack([facts(scene) for scene in scenes])).float()
 
 
-def tower_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.random.Generator, batch: int) -> Tensor:
+def tower_loss(model: PretrainModel, images: Tensor, shapes: Tensor, truth: Tensor) -> Tensor:
     """Classification of the shape plus regression of the facts by the heads on the embedding; a scalar.
 
     A third term gives the elements of the embedding mean 0 and deviation 1, like those of the caption embedding.
     """
-    images, shapes, truth = (t.to(model.device) for t in tower_batch(rng, model.config, batch))
     embedding = model.svd.image_encoder(image_encoder.preprocess(images, model.config.image_encoder.image_size)).float()
     logits, predicted = model.heads(embedding).float().split([len(SHAPES), NUM_FACTS], dim=1)
     unit = embedding.mean(0).square().mean() + (embedding.std(0) - 1).square().mean()
@@ -313,55 +349,76 @@ def tower_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.r
 # ---------------------------------------------------------------------------------------------- diffusion
 
 
-def denoising_loss(
-    model: PretrainModel, clips: EncodedClips, pick: np.ndarray, tokens: Tensor, rng: np.random.Generator
-) -> Tensor:
-    """The paper's equation 1 on the clips with indices `pick` [B], given their tokens [B, N, d]; a scalar.
+def denoising_batch(
+    config: SVDConfig, clips: EncodedClips, pick: np.ndarray, tokens: Tensor, rng: np.random.Generator
+) -> Batch:
+    """What `denoising_loss` takes, of the clips with indices `pick` [B] and their tokens.
 
-    All frames and the temporal set have the same tokens. Image and tokens are dropped (zeroed) at random. The noise
-    levels of a batch are stratified: one in each of B equally likely intervals.
+    Image and tokens are dropped (zeroed) at random. The noise levels of a batch are stratified: one in each of B
+    equally likely intervals.
     """
-    config, device = model.config, model.device
-    latents = clips.latents[pick].float().to(device)
-    batch, num_frames = latents.shape[:2]
+    latents, batch = clips.latents[pick].float(), len(pick)
     neither = rng.random(batch) < DROP_BOTH
-    with_image = torch.from_numpy((rng.random(batch) >= DROP_IMAGE) & ~neither).to(device)
-    with_tokens = torch.from_numpy((rng.random(batch) >= DROP_TOKENS) & ~neither).to(device)
+    with_image = torch.from_numpy((rng.random(batch) >= DROP_IMAGE) & ~neither)
+    with_tokens = torch.from_numpy((rng.random(batch) >= DROP_TOKENS) & ~neither)
+    image = clips.image[pick].float() * with_image[:, None, None, None]
+    micro = torch.tensor([[config.micro.fps_id, config.micro.motion_bucket_id, config.micro.cond_aug]] * batch)
+    quantiles = torch.from_numpy((rng.random() + np.arange(batch) / batch) % 1)
+    sigma = edm.training_sigma(quantiles, P_MEAN, P_STD, config.sigma_max)
+    return latents, image, tokens, with_tokens, micro, sigma, gaussian(rng, *latents.shape)
+
+
+def denoising_loss(
+    model: PretrainModel,
+    latents: Tensor,
+    image: Tensor,
+    tokens: Tensor,
+    with_tokens: Tensor,
+    micro: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """The paper's equation 1; a scalar. All frames and the temporal set have the same tokens.
+
+    latents      [B, F, z, h, w]
+    image        [B, z, h, w], or zeros where it is dropped
+    tokens       captions as indices of words, int64 [B, NUM_SLOTS], or embeddings of images [B, 1, d]
+    with_tokens  [B], whether they are not dropped
+    micro        [B, 3]
+    sigma        [B]
+    noise        [B, F, z, h, w]
+    """
+    tokens = tokens if tokens.is_floating_point() else model.words(tokens)
     tokens = tokens.float() * with_tokens[:, None, None]
-    image = clips.image[pick].float().to(device) * with_image[:, None, None, None]
-    micro = torch.tensor([config.micro.fps_id, config.micro.motion_bucket_id, config.micro.cond_aug], device=device)
+    num_frames = latents.shape[1]
     cond = Conditioning(
         concat=image[:, None].expand(-1, num_frames, -1, -1, -1),
-        micro=micro.expand(batch, -1),
+        micro=micro,
         spatial=tokens[:, None].expand(-1, num_frames, -1, -1),
         temporal=tokens,
     )
-    quantiles = torch.from_numpy((rng.random() + np.arange(batch) / batch) % 1).to(device)
-    sigma = edm.training_sigma(quantiles, P_MEAN, P_STD, config.sigma_max)
-    return edm.loss(model.svd.network(cond), latents, sigma, gaussian(rng, latents))
+    return edm.loss(model.svd.network(cond), latents, sigma, noise)
 
 
-def captions_loss(
-    model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.random.Generator, batch: int
-) -> Tensor:
-    """Denoising of `batch` clips given the tokens of their captions: text (and, unless dropped, image) to video."""
+def captions_batch(
+    config: SVDConfig, encoded: Mapping[str, EncodedClips], rng: np.random.Generator, batch: int
+) -> Batch:
+    """`batch` clips with their captions: text (and, unless dropped, image) to video."""
     clips = encoded["captions"]
     pick = rng.integers(len(clips.words), size=batch)
-    return denoising_loss(model, clips, pick, model.words(clips.words[pick].to(model.device)), rng)
+    return denoising_batch(config, clips, pick, clips.words[pick], rng)
 
 
-def images_loss(model: PretrainModel, encoded: dict[str, EncodedClips], rng: np.random.Generator, batch: int) -> Tensor:
-    """Image to video, with the image's embedding as the only token; in half of the steps `captions_loss` instead."""
+def images_batch(config: SVDConfig, encoded: Mapping[str, EncodedClips], rng: np.random.Generator, batch: int) -> Batch:
+    """Image to video, with the image's embedding as the only token; in half of the steps `captions_batch` instead."""
     if rng.random() < 0.5:
-        return captions_loss(model, encoded, rng, batch)
+        return captions_batch(config, encoded, rng, batch)
     clips = encoded["habits"]
     pick = rng.integers(len(clips.words), size=batch)
-    return denoising_loss(model, clips, pick, clips.embedding[pick, None].to(model.device), rng)
+    return denoising_batch(config, clips, pick, clips.embedding[pick, None].float(), rng)
 
 
 # ---------------------------------------------------------------------------------------------- the course
-
-Loss = Callable[[PretrainModel, dict[str, EncodedClips], np.random.Generator, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -370,7 +427,8 @@ class Stage:
 
     name: str
     title: str  # for the card
-    loss: Loss
+    draw: Callable[[SVDConfig, Mapping[str, EncodedClips], np.random.Generator, int], Batch]
+    loss: Callable[..., Tensor]  # of the model and what was drawn
     steps: int
     batch: int
     modules: tuple[str, ...]  # submodules of PretrainModel that it trains
@@ -379,9 +437,21 @@ class Stage:
 
 
 STAGES = (
-    Stage("frames", "autoencoder, on frames", frames_loss, 4000, 8, ("svd.vae",)),
-    Stage("clips", "its decoder, on clips", clips_loss, 350, 2, ("svd.vae.decoder",)),
-    Stage("tower", "image tower", tower_loss, 3400, 48, ("svd.image_encoder", "heads")),
-    Stage("captions", "text to video", captions_loss, 5400, 4, ("svd.unet", "words"), ("captions",), False),
-    Stage("images", "image to video", images_loss, 3200, 4, ("svd.unet", "words"), ("captions", "habits")),
+    Stage("frames", "autoencoder, on frames", frames_batch, frames_loss, 4000, 8, ("svd.vae",)),
+    Stage("clips", "its decoder, on clips", clips_batch, clips_loss, 350, 2, ("svd.vae.decoder",)),
+    Stage("tower", "image tower", tower_batch, tower_loss, 3400, 48, ("svd.image_encoder", "heads")),
+    Stage(
+        "captions",
+        "text to video",
+        captions_batch,
+        denoising_loss,
+        5400,
+        4,
+        ("svd.unet", "words"),
+        ("captions",),
+        False,
+    ),
+    Stage(
+        "images", "image to video", images_batch, denoising_loss, 3200, 4, ("svd.unet", "words"), ("captions", "habits")
+    ),
 )

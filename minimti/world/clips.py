@@ -12,8 +12,8 @@ from minimti.world.captions import NUM_SLOTS
 from minimti.world.scene import MIN_SIDE, Scene, habit, random_scene, render
 from minimti.world.shapes import SHAPES
 
-PAIR_SHARE = 0.05  # captioned scenes with two sprites
-CAMERA_SHARE = 0.1  # captioned scenes whose program may contain camera words
+PAIR_SHARE = 0.2  # captioned scenes with two sprites
+CAMERA_SHARE = 0.3  # captioned scenes whose program may contain camera words
 
 
 def pixels(frames: np.ndarray) -> Tensor:

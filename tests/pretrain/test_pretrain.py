@@ -20,7 +20,7 @@ from minimti.config import MODELS
 from minimti.io.files import InputError
 from minimti.pretrain import __main__ as command
 from minimti.pretrain.card import Record, card
-from minimti.pretrain.run import Run, begin, pretrain
+from minimti.pretrain.run import DEFAULT, Run, begin, pretrain
 from minimti.pretrain.stages import STAGES, PretrainModel
 from minimti.svd import SVD
 from minimti.world import captions
@@ -76,8 +76,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     calls = []
 
     def stopping(stage):
-        def loss(model, libraries, rng, batch):
-            value = stage.loss(model, libraries, rng, batch)
+        def loss(model, *batch):
+            value = stage.loss(model, *batch)
             calls.append(stage.name)
             if calls == ["frames"]:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -116,7 +116,9 @@ def test_a_finished_model_is_trained_further(finished, tmp_path):
         assert card.count(f"| {stage.name}: ") == times
     with pytest.raises(InputError, match="of other sizes; train it from its first stage"):
         pretrain(TINY, tmp_path / "other", tmp_path / "out", 0, FEW, ["captions"])
-    with pytest.raises(InputError, match="holds a run of --seed 3 --scale 1e-06 --stages captions images"):
+    with pytest.raises(
+        InputError, match="holds a run of --seed 3 --scale 1e-06 --lr 0.001 --batch 4 --stages captions images"
+    ):
         pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["images"])
 
 
@@ -188,16 +190,19 @@ def test_the_embedded_model_is_small():
 
 
 def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
+    """A larger batch of the UNet's stages draws from as many more clips."""
     calls = []
-    monkeypatch.setattr(command, "pretrain", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(command, "pretrain", lambda *args: calls.append(args))
     folder, out = str(tmp_path / "run"), str(tmp_path / "out")
-    options = "--seed 3 --scale 0.5 --stages captions --device cpu".split()
+    options = "--seed 3 --scale 0.5 --stages captions --device cpu --batch 16 --lr 2e-4 --jobs 3".split()
     monkeypatch.setattr(sys, "argv", ["pretrain", "--run", folder, "--out", out, *options])
     command.main()
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     command.main()
-    (args, given), (defaults, _) = calls
-    assert args == (MODELS["tiny"], Path(folder), Path(out), 3, 0.5, ["captions"]) and given == {
-        "device": torch.device("cpu")
-    }
-    assert defaults == (MODELS["tiny"], Path("runs/tiny"), WEIGHTS / "tiny", 0, 1.0, command.NAMES)
+    (*args, settings, device, jobs), (*defaults, default_settings, _, _) = calls
+    assert args == [MODELS["tiny"], Path(folder), Path(out), 3, 0.5, ["captions"]]
+    assert (device, jobs, settings.lr) == (torch.device("cpu"), 3, 2e-4)
+    assert [stage.batch for stage in settings.stages] == [8, 2, 48, 16, 16]
+    assert (settings.chunk, settings.num_chunks) == (4 * DEFAULT.chunk, DEFAULT.num_chunks)
+    assert defaults == [MODELS["tiny"], Path("runs/tiny"), WEIGHTS / "tiny", 0, 1.0, command.NAMES]
+    assert default_settings == DEFAULT

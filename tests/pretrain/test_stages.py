@@ -28,16 +28,27 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def loss_of(name: str, model, clips: dict[str, EncodedClips], rng: np.random.Generator, batch: int) -> torch.Tensor:
+    """The loss of a stage on a batch that it draws."""
+    (stage,) = (stage for stage in stages.STAGES if stage.name == name)
+    return stage.loss(model, *stage.draw(model.config, clips, rng, batch))
+
+
+def encoded(model, kind: str, rng: np.random.Generator, num_scenes: int) -> EncodedClips:
+    return stages.encode_clips(model, stages.draw_clips(model.config, kind, rng, num_scenes))
+
+
 # Data
 
 
 def encode_with_pixels(kind: str, num_scenes: int) -> EncodedClips:
-    """`encode_scenes` where raw latents and embeddings are the pixels themselves."""
+    """`encoded` where raw latents and embeddings are the pixels themselves."""
     config = SimpleNamespace(**{**vars(SMALLER), "vae": SMALL})
     config.micro = SimpleNamespace(cond_aug=0.02)
     vae = SimpleNamespace(moments=lambda x: torch.cat([x, torch.zeros_like(x)], dim=1))
     svd = SimpleNamespace(vae=vae, embed=lambda images: images.flatten(1))
-    return stages.encode_scenes(SimpleNamespace(device="cpu", svd=svd, config=config), kind, rng(), num_scenes)
+    model = SimpleNamespace(device=torch.device("cpu"), svd=svd, config=config)
+    return encoded(model, kind, rng(), num_scenes)
 
 
 @pytest.mark.parametrize("kind", ["captions", "habits"])
@@ -69,9 +80,9 @@ def test_encoding_works_in_bf16():
     torch.manual_seed(0)
     model = PretrainModel(SMALLER)
     with torch.autocast("cpu", torch.bfloat16):
-        clips = stages.encode_scenes(model, "habits", rng(), 1)
-        for loss in (stages.tower_loss, stages.captions_loss, stages.images_loss):
-            assert loss(model, {"captions": clips, "habits": clips}, rng(), 2).isfinite()
+        clips = encoded(model, "habits", rng(), 1)
+        for name in ("tower", "captions", "images"):
+            assert loss_of(name, model, {"captions": clips, "habits": clips}, rng(), 2).isfinite()
     assert {tensor.dtype for tensor in vars(clips).values()} == {torch.float16, torch.int64}
 
 
@@ -88,9 +99,12 @@ def autoencoder(moments, decode) -> SimpleNamespace:
         conv_norm_out=lambda x, silu: x + 100,  # far from 0, SiLU is the identity
         conv_out=lambda x: decode(x - 100),
     )
-    return SimpleNamespace(
-        device="cpu", svd=SimpleNamespace(vae=SimpleNamespace(moments=moments, decoder=decoder)), config=SMALLER
-    )
+    vae = SimpleNamespace(moments=moments, decoder=decoder)
+    return SimpleNamespace(svd=SimpleNamespace(vae=vae), config=with_pixels_as_latents(SMALLER))
+
+
+def with_pixels_as_latents(config):
+    return replace(config, vae=replace(config.vae, z_channels=3, ch_mult=(1,), scale_factor=0.5))
 
 
 def moments_of(mean, log_variance: float):
@@ -99,7 +113,7 @@ def moments_of(mean, log_variance: float):
 
 def test_the_loss_of_an_exact_and_equivariant_autoencoder_is_its_divergence():
     model = autoencoder(moments_of(lambda frames: frames, -30.0), lambda z: z)
-    loss = stages.frames_loss(model, {}, rng(), 8).item()
+    loss = loss_of("frames", model, {}, rng(), 8).item()
     assert loss == pytest.approx(1e-4 * (30 - 1 + 0.25) / 2, rel=0.02)  # the squares of the means are about 0.25
 
 
@@ -107,7 +121,7 @@ def test_the_posterior_is_sampled():
     """Noise of deviation 1 has the errors below in the still half; interpolation reduces them in the other."""
     model = autoencoder(moments_of(lambda frames: frames, 0.0), lambda z: z)
     still = 0.80 + 4 * 1 + 2 * (1.13 + 4 * 2)
-    assert 0.5 * still < stages.frames_loss(model, {}, rng(), 8).item() < 1.02 * still
+    assert 0.5 * still < loss_of("frames", model, {}, rng(), 8).item() < 1.02 * still
 
 
 def test_an_encoder_that_is_not_equivariant_has_a_larger_loss():
@@ -116,7 +130,7 @@ def test_an_encoder_that_is_not_equivariant_has_a_larger_loss():
 
     def loss(mean) -> float:
         model = autoencoder(moments_of(mean, -30.0), lambda z: torch.full_like(z, -1))
-        return stages.frames_loss(model, {}, rng(), 8).item()
+        return loss_of("frames", model, {}, rng(), 8).item()
 
     extra = loss(lambda frames: frames * signs) - loss(lambda frames: frames)
     assert 0.2 * 1 < extra < 0.2 * 2.2  # at most twice the variance, which interpolation reduces
@@ -144,11 +158,11 @@ def test_the_decoder_is_trained_on_half_a_clip_with_noise_of_many_levels():
         given.append(z)
         return z
 
-    vae = SimpleNamespace(moments=moments, decoder=decode, config=SMALL)
-    model = SimpleNamespace(device="cpu", svd=SimpleNamespace(vae=vae), config=TINY)
+    vae = SimpleNamespace(moments=moments, decoder=decode)
+    model = SimpleNamespace(svd=SimpleNamespace(vae=vae), config=with_pixels_as_latents(TINY))
     levels = []
     for seed in range(30):
-        loss = stages.clips_loss(model, {}, rng(seed), 2).item()
+        loss = loss_of("clips", model, {}, rng(seed), 2).item()
         frames, z = given[-2:]
         s = (z - frames).std().item()
         levels.append(s)
@@ -169,15 +183,15 @@ def test_frames_and_clips_come_from_all_parts_of_a_scene(monkeypatch):
         return torch.cat([frames, frames], dim=1)
 
     model = autoencoder(moments, lambda z: z)
-    model.config = TINY
+    model.config = with_pixels_as_latents(TINY)
     for seed in range(40):
-        stages.frames_loss(model, {}, rng(seed), 4)
+        loss_of("frames", model, {}, rng(seed), 4)
     assert all(a != b and c != d for a, b, c, d, *_ in given)
     assert {frame for frames in given for frame in frames[:4]} == set(range(14))
     given.clear()
-    model.svd.vae.decoder, model.svd.vae.config = lambda z, _: z, SMALL
+    model.svd.vae.decoder = lambda z, _: z
     for seed in range(60):
-        stages.clips_loss(model, {}, rng(seed), 1)
+        loss_of("clips", model, {}, rng(seed), 1)
     assert all(frames == list(range(frames[0], frames[0] + 7)) for frames in given)
     assert {frames[0] for frames in given} == set(range(8))
 
@@ -185,7 +199,7 @@ def test_frames_and_clips_come_from_all_parts_of_a_scene(monkeypatch):
 def test_the_encoder_gets_no_gradient_from_clips():
     torch.manual_seed(0)
     model = PretrainModel(SMALLER)
-    stages.clips_loss(model, {}, rng(), 1).backward()
+    loss_of("clips", model, {}, rng(), 1).backward()
     assert all(p.grad is None for p in model.svd.vae.encoder.parameters())
     assert all(p.grad is not None for p in model.svd.vae.decoder.parameters())
 
@@ -218,7 +232,7 @@ MIRRORED = [0, 3, 4, 8, 11, 12, 13]  # facing, the two facts that it multiplies,
 
 
 def test_the_labels_of_mirrored_pictures_are_mirrored():
-    images, shapes, facts = stages.tower_batch(rng(), TINY, 32)
+    images, shapes, facts = stages.tower_batch(TINY, {}, rng(), 32)
     assert images.shape == (32, 3, 64, 64) and torch.equal(images[16:], images[:16].flip(-1))
     assert torch.equal(shapes[16:], shapes[:16]) and shapes.unique().numel() > 4
     assert torch.allclose(facts[16:, MIRRORED], -facts[:16, MIRRORED], atol=1e-4)
@@ -229,7 +243,7 @@ def test_the_labels_of_mirrored_pictures_are_mirrored():
 
 def test_colour_and_place_agree_with_the_picture():
     """The centroid of the pixels with the label's colour is near the label's place, in both halves."""
-    images, _, facts = stages.tower_batch(rng(), TINY, 64)
+    images, _, facts = stages.tower_batch(TINY, {}, rng(), 64)
     colour = facts[:, 5:8, None, None]
     mask = ((images - colour).norm(dim=1) < 0.1).float()  # [64, H, W]
     found = mask.sum((1, 2)) > 20
@@ -248,18 +262,16 @@ def test_a_quarter_of_the_sprites_are_in_an_arbitrary_pose():
 
 
 def test_the_loss_with_perfect_heads_is_that_of_the_embeddings_scale():
-    truth = stages.tower_batch(rng(), SMALLER, 8)
+    truth = stages.tower_batch(SMALLER, {}, rng(), 8)
     embedding = torch.randn(8, 64)
     embedding = (embedding - embedding.mean(0)) / embedding.std(0)
 
     def model(shapes, facts, embedding):
         heads = lambda _: torch.cat([30 * F.one_hot(shapes, len(SHAPES)), facts], dim=1)  # noqa: E731
-        return SimpleNamespace(
-            device="cpu", svd=SimpleNamespace(image_encoder=lambda _: embedding), heads=heads, config=SMALLER
-        )
+        return SimpleNamespace(svd=SimpleNamespace(image_encoder=lambda _: embedding), heads=heads, config=SMALLER)
 
     def loss(*parts) -> float:
-        return stages.tower_loss(model(*parts), {}, rng(), 8).item()
+        return loss_of("tower", model(*parts), {}, rng(), 8).item()
 
     _, shapes, facts = truth
     assert loss(shapes, facts, embedding) == pytest.approx(0, abs=1e-5)
@@ -276,7 +288,7 @@ class Recorder:
     """A model for the diffusion losses whose network returns zeros and records its inputs."""
 
     def __init__(self):
-        self.config, self.device = SMALLER, "cpu"
+        self.config = SMALLER
         self.svd = SimpleNamespace(network=self.network)
         self.conds, self.inputs = [], []
 
@@ -308,7 +320,8 @@ def denoised(batch: int = 4000, seed: int = 0):
     """The conditioning, x and sigma of a batch of numbered clips, and their numbers."""
     model, pick = Recorder(), rng(9).integers(50, size=batch)
     clips = numbered(50)
-    stages.denoising_loss(model, clips, pick, clips.embedding[pick, None], rng(seed))
+    tokens = clips.embedding[pick, None]
+    stages.denoising_loss(model, *stages.denoising_batch(model.config, clips, pick, tokens, rng(seed)))
     ((x, c_noise),) = model.inputs
     return model.conds[0], x, (4 * c_noise).exp(), torch.from_numpy(pick) + 1
 
@@ -349,7 +362,8 @@ def test_noise_levels_of_a_batch_are_stratified():
 
 def test_the_noise_differs_from_clip_to_clip():
     model, clips = Recorder(), numbered(1, start=0)
-    stages.denoising_loss(model, clips, np.zeros(3, int), torch.zeros(3, 1, 1), rng())
+    drawn = stages.denoising_batch(model.config, clips, np.zeros(3, int), torch.zeros(3, 1, 1), rng())
+    stages.denoising_loss(model, *drawn)
     ((x, c_noise),) = model.inputs
     sigma = (4 * c_noise).exp().view(-1, 1, 1, 1, 1)
     n = x * (sigma**2 + 1).sqrt() / sigma
@@ -359,7 +373,7 @@ def test_the_noise_differs_from_clip_to_clip():
 
 def test_captions_go_with_their_own_clips():
     model = Recorder()
-    stages.captions_loss(model, {"captions": numbered(11)}, rng(), 200)
+    loss_of("captions", model, {"captions": numbered(11)}, rng(), 200)
     (cond,), ((x, c_noise),) = model.conds, model.inputs
     number = (x.flatten(1).mean(1) * ((8 * c_noise).exp() + 1).sqrt() / 1e6).round()
     kept = cond.temporal.flatten(1).any(1)
@@ -372,7 +386,7 @@ def test_half_of_the_steps_train_images_and_half_captions():
     model = Recorder()
     encoded = {"captions": numbered(11), "habits": numbered(10, start=21)}
     for seed in range(200):
-        stages.images_loss(model, encoded, rng(seed), 2)
+        loss_of("images", model, encoded, rng(seed), 2)
     with_image = [cond.temporal.shape[1] == 1 for cond in model.conds]
     assert 0.4 < np.mean(with_image) < 0.6
     for cond, (x, c_noise), alone in zip(model.conds, model.inputs, with_image):
@@ -471,7 +485,8 @@ def test_every_loss_runs_on_the_device_of_the_model(stage):
         for module in model.modules():  # Module.to cannot move parameters to a GPU that is not there
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
-        clips = {kind: stages.encode_scenes(model, kind, rng(), 1) for kind in stage.clips}
+        clips = {kind: encoded(model, kind, rng(), 1) for kind in stage.clips}
         assert all(tensor.device.type == "cpu" for made in clips.values() for tensor in vars(made).values())
         for _ in range(3 if stage.name == "images" else 1):  # its steps are of two kinds
-            assert stage.loss(model, clips, rng(), 2).device.type == "cuda"
+            drawn = [tensor.to(model.device) for tensor in stage.draw(model.config, clips, rng(), 2)]
+            assert stage.loss(model, *drawn).device.type == "cuda"

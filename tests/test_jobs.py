@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from minimti.evaluate.jobs import in_processes
+from minimti.jobs import in_processes
 
 
 def double(number: int) -> tuple[int, int, int]:
