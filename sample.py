@@ -297,14 +297,13 @@ def main() -> None:
         jobs = outputs(args, config.name)
 
         began = time.perf_counter()
-        svd = cli.load_model(args, checkpoint, device)
+        svd = cli.load_model(args, checkpoint, device, image_encoder=not args.emb)  # tokens take its embedding's place
         seconds = time.perf_counter() - began
         used = ("unet", "vae") if args.emb else ("unet", "vae", "image_encoder")
         weights = {name: short(fingerprint(getattr(svd, name))) for name in used}
         if other is not None:
             motions = [swapped(args, svd, other)]
-        if motions:
-            svd.release("image_encoder")  # the tokens take the place of its embedding
+            svd.release("image_encoder")
         guidance = args.guidance or (UNCONDITIONAL_GUIDANCE if args.unconditional else GUIDANCE)
         steps = args.steps or config.num_steps
         print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")

@@ -142,14 +142,17 @@ def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch
     return checkpoint, device
 
 
-def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "SVD":
-    """The model as --dtype, --vae-dtype and --compile describe it."""
+def load_model(
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", image_encoder: bool = True
+) -> "SVD":
+    """The model as --dtype, --vae-dtype and --compile describe it; without its image encoder where that is False."""
     import torch
 
     from minimti import pipeline
 
     dtype = args.dtype and getattr(torch, args.dtype)
-    svd = pipeline.load(checkpoint, device=device, dtype=dtype, vae_dtype=getattr(torch, args.vae_dtype))
+    dtypes = {"dtype": dtype, "vae_dtype": getattr(torch, args.vae_dtype)}
+    svd = pipeline.load(checkpoint, device=device, image_encoder=image_encoder, **dtypes)
     if args.compile:
         pipeline.compile_unet(svd.unet)
     _loaded.append(weakref.ref(svd))

@@ -53,14 +53,16 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     vae_dtype: torch.dtype = torch.float32,
+    image_encoder: bool = True,
 ) -> SVD:
     """A model with frozen weights.
 
-    model      a name ("svd", "svd-xt", "svd-xt-1-1", "tiny"), a .safetensors file, a diffusers folder, or "auto":
-               official weights where they are on this machine or cuda is, else tiny
-    device     default: cuda or mps where there is one, else cpu
-    dtype      precision of UNet and image encoder; default: bfloat16 on cuda, else float32
-    vae_dtype  precision of the autoencoder
+    model          a name ("svd", "svd-xt", "svd-xt-1-1", "tiny"), a .safetensors file, a diffusers folder, or "auto":
+                   official weights where they are on this machine or cuda is, else tiny
+    device         default: cuda or mps where there is one, else cpu
+    dtype          precision of UNet and image encoder; default: bfloat16 on cuda, else float32
+    vae_dtype      precision of the autoencoder
+    image_encoder  False: this network is left out, 28 % of SVD's weights; with a Motion, `animate` does not need it
 
     Raises InputError where there is no such model or device, or the files do not hold exactly the model's tensors.
     """
@@ -74,7 +76,7 @@ def load(
         reason = printable(str(error), 200)
         message = f"{checkpoint.path}: the configuration in its metadata describes no network ({reason})"
         raise InputError(message) from error
-    load_into(svd, checkpoint, device, dtype, vae_dtype)
+    load_into(svd, checkpoint, device, dtype, vae_dtype, leave_out=() if image_encoder else ("image_encoder",))
     svd.device = device
     return svd
 

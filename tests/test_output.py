@@ -170,8 +170,8 @@ def test_memory_that_runs_out_at_work_is_one_line(tmp_path):
         import sample
         from minimti import cli
         load_model = cli.load_model
-        def limited(*args):
-            svd = load_model(*args)
+        def limited(*args, **options):
+            svd = load_model(*args, **options)
             used = 1024 * int(open("/proc/self/status").read().split("VmSize:")[1].split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**27,) * 2)
             return svd

@@ -345,6 +345,22 @@ def test_released_networks_are_named_when_they_are_used(clip):
         animate(svd, motion, image())
 
 
+def test_a_model_without_its_image_encoder_is_as_strict_and_animates_the_same(tmp_path):
+    """Its tensors are checked, though not read."""
+    write_official(tmp_path / "mini.safetensors", MINI)
+    whole, without = (pipeline.load(str(tmp_path / "mini.safetensors"), image_encoder=on) for on in (True, False))
+    tokens = torch.ones(1, 2, MINI.unet.context_dim)
+    motion = minimti.Motion(tokens, F, "mini", MINI.micro, MINI.size, steps=0, seed=0)
+    assert torch.equal(animate(without, motion, image()), animate(whole, motion, image()))
+    with pytest.raises(RuntimeError, match="image_encoder was released"):
+        animate(without, None, image())
+    smaller = replace(MINI, image_encoder=replace(MINI.image_encoder, layers=MINI.image_encoder.layers + 1))
+    write_official(tmp_path / "other.safetensors", smaller)
+    checkpoint = replace(pipeline.open_checkpoint(str(tmp_path / "other.safetensors")), config=MINI)
+    with pytest.raises(InputError, match="holds unknown"):
+        pipeline.load(checkpoint, image_encoder=False)
+
+
 @pytest.mark.parametrize("step", ["learn", "animate"])
 def test_networks_that_a_step_does_not_need_are_parked(clip, motion, monkeypatch, step):
     """The image encoder after the embeddings, the VAE after the views or the image, the UNet before decoding."""

@@ -4,9 +4,10 @@ Every tensor of a file is used or is listed in OFFICIAL_DROPS; a missing, unknow
 that names it. The caller builds the module, on the meta device, so no weight is initialised before it is replaced.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,9 @@ from minimti.checkpoint.find import folder_paths, locate, revision_of
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS, Source, folder_source, official_source
 from minimti.config import SVDConfig, from_json, printable
 from minimti.io.files import InputError, require_file
+
+if TYPE_CHECKING:
+    from minimti.svd import SVD
 
 # ---------------------------------------------------------------------------------------------- strict filling
 
@@ -157,12 +161,17 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def load_into(
-    svd: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+    svd: "SVD",
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    leave_out: Sequence[str] = (),
 ) -> None:
     """Fills an SVD that is on the meta device, and leaves it frozen, in evaluation mode, on `device`.
 
-    UNet and image encoder get `dtype`, the VAE gets `vae_dtype`. Raises InputError where the files do not hold exactly
-    the tensors of the model.
+    UNet and image encoder get `dtype`, the VAE gets `vae_dtype`; networks in `leave_out` are released unread. Raises
+    InputError where the files do not hold exactly the tensors of the model, these networks included.
     """
     path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.tensors
     made: dict[str, Tensor] = {}
@@ -177,10 +186,15 @@ def load_into(
     for name in {name for source in needed.values() for name in source.names}:
         if tensors.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
             raise InputError(f"{path}: {name} holds no weights but {tensors.dtypes[name]}")
+    for network in leave_out:
+        svd.release(network)
+    needed = {key: source for key, source in needed.items() if key.partition(".")[0] not in leave_out}
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(needed.items(), tensors.read(s.names for s in needed.values())):
             tensor, kind = source.build(*parts), vae_dtype if key.startswith("vae.") else dtype
+            if device.type == "cuda":  # PyTorch would convert and rearrange on the CPU
+                tensor = tensor.to(device)
             # A copy even where device and dtype are the same: a view would keep its part of the file in memory.
             yield key, tensor.to(device, kind, copy=True, memory_format=memory_format(tensor))
         for key, tensor in made.items():

@@ -157,7 +157,7 @@ def test_any_arguments_end_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(attention_maps, "write_attention", lambda path, *_: path.touch())
     model = StandIn()
     programs: dict[str, ModuleType] = {"train.py": train, "sample.py": sample}
-    loaded = {"train.py": lambda *_: sys.exit(0), "sample.py": lambda *_: model}
+    loaded = {"train.py": lambda *_, **__: sys.exit(0), "sample.py": lambda *_, **__: model}
     options = {name: parsed_options(monkeypatch, module) for name, module in programs.items()}
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
