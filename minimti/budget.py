@@ -15,6 +15,7 @@ from minimti.io.files import InputError
 
 GIB = 2**30
 TRAIN = {"max": 310_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
+LOW_GRAPH = 14_500  # the same: what the CUDA graph of "low" reserves beyond that (bench/results/h100-2026-11-27.txt)
 DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
 # Bytes per pixel, 32 bits, 128 channels: of an image, several images at once in "max"; and of a clip.
 ENCODE = {"max": 19_600, "fast": 2_800, "balanced": 2_800, "low": 2_800}
@@ -24,8 +25,8 @@ UNFUSED = 1.3  # times that for "max" without the fused operators (networks/fuse
 MARGIN = 1.05  # an allocator needs more than the sum of live tensors
 RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
 LEAST_CHANNELS = 160  # narrower networks need more per channel
-# Seconds of a training step with SVD, 14 frames of 1024x576, bfloat16 (bench/results/h100-2026-11-26.txt).
-SECONDS = {"NVIDIA H100": {"max": 0.299, "fast": 0.349, "balanced": 0.370}}
+# Seconds of a training step with SVD, 14 frames of 1024x576, bfloat16 (bench/results/).
+SECONDS = {"NVIDIA H100": {"max": 0.299, "fast": 0.349, "balanced": 0.392, "low": 0.465}}
 
 
 class SVDNetworks(Protocol):
@@ -94,7 +95,7 @@ def plan(
         if not memory:
             raise InputError(
                 f"{size[0]}x{size[1]} and {num_frames} frames need about {needs['low'] / GIB:.1f} GiB with the least"
-                f" memory, and {available / GIB:.1f} are free; choose a smaller --size"
+                f" memory, and {available / GIB:.1f} are free; choose a smaller --size, or --memory low to try it"
             )
     return replace(budget_of(memory, num_frames, device), needed=needs[memory], available=available)
 
@@ -136,7 +137,10 @@ def _needed(
     cells = pixels / 4 ** (len(config.vae.ch_mult) - 1)
     channels, ch = max(config.unet.model_channels, LEAST_CHANNELS) / 320, config.vae.ch / 128
     unfused = UNFUSED if mode == "max" and training and device != "cuda" else 1
-    step = MARGIN * unfused * cells * _scaled((TRAIN if training else DENOISE)[mode], channels, svd.unet, 2)
+    per_cell = (TRAIN if training else DENOISE)[mode] * unfused
+    if training and mode == "low" and device == "cuda":
+        per_cell += LOW_GRAPH
+    step = MARGIN * cells * _scaled(per_cell, channels, svd.unet, 2)
     coding = MARGIN * _scaled(ENCODE[mode], ch, svd.vae, 4) * size[0] * size[1]
     if not training:
         coding = max(coding, MARGIN * _scaled(DECODE[mode], ch, svd.vae, 4) * pixels)
