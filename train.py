@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from minimti.run import Run
     from minimti.svd import SVD
 
-STRIP_HEIGHT = 160  # of a frame in the picture of --dry-run, at most, in pixels
+STRIP_HEIGHT = 160  # pixels: the height of a frame in the picture of --dry-run, at most
 
 
 def parse() -> argparse.Namespace:
@@ -199,8 +199,9 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
         make_folder(out.parent)  # it is missing only where it is that of several embeddings
         path = check_writable(out.with_name(f"{out.stem}-strip.png"), *args.clips)
         clips = read(args, config, sources)
+        recipe = recipe_of(args, config, clips)
         draw(args, path, clips)
-        needs = describe_learning(config, clips[0], recipe_of(args, config).steps, device, dtype, args.memory)
+        needs = describe_learning(config, clips[0], recipe.steps, device, dtype, args.memory)
         for name, text in needs:
             print(f"{name:10} {text}")
         what = "the frames" if len(clips) == 1 else "the frames of each clip"
@@ -222,11 +223,11 @@ def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]") -> None:
     write_strip(path, strip_of(rows, STRIP_HEIGHT))
 
 
-def recipe_of(args: argparse.Namespace, config: "SVDConfig") -> "Recipe":
-    """How tokens are optimised, as the arguments say, on a model."""
+def recipe_of(args: argparse.Namespace, config: "SVDConfig", clips: "list[Clip]") -> "Recipe":
+    """How tokens are optimised, as the arguments say, on a model. Raises InputError where not every clip has a turn."""
     from minimti import make_recipe
 
-    return cli.overridden(
+    recipe = cli.overridden(
         make_recipe(config, args.recipe),
         steps=args.steps,
         lr=args.lr,
@@ -234,6 +235,11 @@ def recipe_of(args: argparse.Namespace, config: "SVDConfig") -> "Recipe":
         p_std=args.p_std,
         num_cached_views=args.cache,
     )
+    if 0 < recipe.num_views < len(clips):
+        raise InputError(
+            f"{len(clips)} clips cannot take turns in {recipe.num_views} views; give a larger --cache or --steps"
+        )
+    return recipe
 
 
 @dataclass
@@ -249,10 +255,8 @@ def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: P
     """Reads the clips of an embedding. Raises InputError."""
     from minimti.run import Run, digest
 
-    clips, recipe = read(args, config, sources), recipe_of(args, config)
-    if 0 < recipe.num_cached_views < len(clips):
-        views = f"the {recipe.num_cached_views} views of --cache"
-        raise InputError(f"{len(clips)} clips cannot take turns in {views}; give a larger number, or 0")
+    clips = read(args, config, sources)
+    recipe = recipe_of(args, config, clips)
     settings = {"model": config.name, "clip": digest(clips), "tokens": args.tokens, "sets": args.sets}
     settings |= {"flip": not args.no_flip, "seed": args.seed, "dtype": args.dtype, "vae-dtype": args.vae_dtype}
     settings |= {name: value for name, value in vars(recipe).items() if name != "steps"}
@@ -282,7 +286,7 @@ def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tu
     """Begins the run of a job, or goes on with it: how many steps there are in all, and where it stands."""
     from minimti.checkpoint.fingerprint import fingerprint
 
-    run, recipe, state = job.run, recipe_of(args, svd.config), None
+    run, recipe, state = job.run, recipe_of(args, svd.config, job.clips), None
     resumed = args.resume and run.is_begun
     if resumed:
         state = run.find(job.settings, args.steps, svd.device)
@@ -348,6 +352,8 @@ def judged(
     args: argparse.Namespace, svd: "SVD", motion: "Motion", clip: "Clip", ranks: "Ranks", check: "Callable[[], None]"
 ) -> str:
     """Whether the motion of a clip was learned, in lines to print."""
+    import torch
+
     from minimti.score import describe
 
     bars = cli.Bars("score")
@@ -359,6 +365,12 @@ def judged(
 
     try:
         return describe(svd, motion, clip.frames, args.memory, watch)
+    except (
+        FloatingPointError,
+        InputError,
+        torch.OutOfMemoryError,
+    ) as error:  # the embedding is there, and the next waits
+        return f"note       without a score: {str(error).splitlines()[0]}"
     finally:
         bars.close()
 

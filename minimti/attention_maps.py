@@ -11,7 +11,7 @@ from minimti.io.files import atomic_write
 from minimti.networks.attention import CrossAttention, TransformerBlock
 from minimti.svd import SVD
 
-FRAME_SIDE = 160  # of a frame in the picture, the longer one, in pixels
+FRAME_SIDE = 160  # pixels: the longer side of a frame in the picture
 SHOWN = 0.65  # share of the colours of the map in the picture; the rest is the frame in grey
 
 

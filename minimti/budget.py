@@ -15,7 +15,7 @@ from minimti.io.files import InputError
 
 GIB = 2**30
 TRAIN = {"max": 310_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
-LOW_GRAPH = 14_500  # the same: what the CUDA graph of "low" reserves beyond that (bench/results/h100-2026-11-27.txt)
+LOW_GRAPH = 14_500  # bytes per cell that a recorded step of "low" reserves beyond these (bench/results/)
 DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
 # Bytes per pixel, 32 bits, 128 channels: of an image, several images at once in "max"; and of a clip.
 ENCODE = {"max": 19_600, "fast": 2_800, "balanced": 2_800, "low": 2_800}
@@ -26,7 +26,7 @@ MARGIN = 1.05  # an allocator needs more than the sum of live tensors
 RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
 LEAST_CHANNELS = 160  # narrower networks need more per channel
 # Seconds of a training step with SVD, 14 frames of 1024x576, bfloat16 (bench/results/).
-SECONDS = {"NVIDIA H100": {"max": 0.299, "fast": 0.349, "balanced": 0.392, "low": 0.465}}
+SECONDS = {"NVIDIA H100 80GB HBM3": {"max": 0.299, "fast": 0.349, "balanced": 0.392, "low": 0.465}}
 
 
 class SVDNetworks(Protocol):
@@ -51,7 +51,7 @@ class Budget:
     memory: str = "balanced"  # one of MEMORY_MODES: what a training step recomputes (networks/recompute.py)
     slice_bytes: int = 2**25  # hidden layer that a feed-forward computes at once
     in_turn: bool = False  # the two branches of guidance one after the other, not as one batch
-    images_per_call: int = 1  # of the VAE's encoder
+    images_per_call: int = 1  # in the VAE's encoder
     decoder: str = "twice"  # "whole", or "keep" or "twice" of networks/lowmem_decode.py
     park: bool = True  # networks that wait are moved to the CPU
     needed: float = 0.0  # bytes, estimated; 0: no estimate was made

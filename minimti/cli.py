@@ -132,7 +132,7 @@ def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch
     from minimti import pipeline
 
     device = pipeline.check_device(args.device or pipeline.default_device())
-    if device.type == "cuda":  # CUDA graphs and Triton's kernels run on the current one
+    if device.type == "cuda":  # the memory that the bars show is that of the current one
         torch.cuda.set_device(device)
     checkpoint = pipeline.find(model, device, args.revision)
     if checkpoint.revision:
@@ -170,11 +170,11 @@ class Bars:
 
     LABELS = {"encode": "encoding", "learn": "inversion"}
     TEXT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
-    LINES = 20  # of a stage in a log
+    LINES = 20  # lines of a stage in a log
 
     def __init__(self, label: str = ""):
         self.label, self.stage = label, ""  # the label of stages that have none of their own
-        self.first, self.step, self.began = 0, 0, 0.0  # of this stage: steps done before, steps done, time
+        self.first, self.step, self.began = 0, 0, 0.0  # in this stage: steps done before, steps done, time
         self.bar: tqdm | None = None
         self.losses: deque[float] = deque(maxlen=50)
 

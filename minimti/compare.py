@@ -32,9 +32,9 @@ from minimti.page import FIGURE, MARK, PAGE
 from minimti.results import Job, read_record
 from minimti.run import Run
 
-CELL_SIDE = 384  # of a video in a comparison, the longer one, at most, in pixels
-COLUMNS = 6  # of the grid, at most: longer rows go on below
-GRID_SIDE = 3840  # of the grid, at most, in pixels
+CELL_SIDE = 384  # pixels: the longer side of a video in a comparison, at most
+COLUMNS = 6  # most videos in a row of the grid: longer rows go on below
+GRID_SIDE = 3840  # pixels: the sides of the grid, at most
 BAR, GAP = 24, 4  # height of a label, and pixels between two videos
 
 
@@ -96,7 +96,7 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
         frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
         return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
-    if times and source and os.path.exists(source):  # of --together: a list, perhaps longer than a name may be
+    if times and source and os.path.exists(source):  # with --together it is a list, perhaps longer than a name may be
         start, end = map(float, times.groups())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is cut off, which training has said

@@ -11,13 +11,13 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 MEMORY_MODES = ("max", "fast", "balanced", "low")  # fastest first, least memory last (minimti/budget.py)
 SOLVERS = ("euler", "heun", "dpmpp-2m")
-SCHEDULES = ("karras", "ays")  # of the noise levels of a sample
-FORMATS = ("mp4", "gif", "png")  # of results; png: a folder of frames
+SCHEDULES = ("karras", "ays")  # ways to space the noise levels of a sample
+FORMATS = ("mp4", "gif", "png")  # kinds of results; png: a folder of frames
 FITS = ("crop", "pad", "stretch")  # how a picture of another shape fits a size
 NUM_TOKENS = 5  # N of the paper, tokens per set
 RECIPES = ("paper", "muon")  # how an inversion optimises
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_SIDE, MAX_PIXELS = 4096, 2**22  # of a picture: 2560x1440 is within them, 7 times SVD's own 1024x576
+MAX_SIDE, MAX_PIXELS = 4096, 2**22  # bounds of a picture: 2560x1440, 7 times SVD's own 1024x576, is within
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def from_json(text: str) -> SVDConfig:
 def _from_0_1_0(entries: dict[str, Any]) -> dict[str, Any]:
     """Version 0.1.0 called the image encoder "clip" and had no defaults of recipe and note in its files.
 
-    Inversions of models that are named here take as many iterations as they do today.
+    Of a model that is named here, num_iterations is that of MODELS.
     """
     named = MODELS.get(entries.get("name", ""), MODELS["svd"])
     added: dict[str, Any] = {"recipe": named.recipe, "note": named.note}
@@ -181,7 +181,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "head_width": (1, 16384),
     "embed_dim": (1, 16384),
 }
-_MAX_ENTRIES = 8  # of a tuple: levels of a network; SVD has 4
+_MAX_ENTRIES = 8  # length of a tuple: levels of a network; SVD has 4
 _MAX_TEXT = 500  # characters of a note
 
 

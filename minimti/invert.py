@@ -24,7 +24,7 @@ View = tuple[Tensor, Conditioning]  # scaled latents [1, F, z, h, w] of the augm
 
 PAPER_STEPS_RATIO = 2  # steps of the paper's recipe over steps of the muon recipe
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread for any number of them
-MIN_SCALE = 1.0  # of the loss, below which a gradient that overflows in fp16 is given up
+MIN_SCALE = 1.0  # scale of the loss below which a gradient that overflows in fp16 is given up
 FETCH_EVERY = 10  # steps between two fetches of losses from the device: each fetch makes a GPU wait
 
 
@@ -40,6 +40,11 @@ class Recipe:
     p_mean: float  # ln(sigma) ~ N(p_mean, p_std^2)
     p_std: float
     num_cached_views: int  # augmented views that are encoded once and used in turn; 0 encodes a fresh one every step
+
+    @property
+    def num_views(self) -> int:
+        """How many different views all steps see."""
+        return min(self.num_cached_views or self.steps, self.steps)
 
 
 def make_recipe(config: SVDConfig, name: str | None = None) -> Recipe:
@@ -137,7 +142,7 @@ def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, index: int) -> Vie
     It is augmented, encoded, and conditioned on its first frame. `flip` allows mirrored views.
     """
     generator = _generator(motion.seed, 2 * index)
-    frames = augment(clips[index % len(clips)], generator, flip)
+    frames = augment(clips[index % len(clips)].to(svd.device), generator, flip)
     with torch.no_grad():
         return svd.encode(frames[None]), svd.prepare(frames[:1], motion.sets, motion.micro, generator)
 

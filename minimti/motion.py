@@ -26,7 +26,11 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 # --tokens admits) and keeps reading within 1 GB of memory.
 MAX_NUMBERS = 2**25  # elements of the tokens, 128 MiB
 MAX_ABOUT = 2**20  # bytes of everything but the tokens: data.pkl, or the header of safetensors
-MAX_ENTRIES, MAX_NAME, MAX_TEXT = 64, 256, 2000  # of a dict, characters of its keys and texts: less than MAX_ABOUT
+MAX_ENTRIES, MAX_NAME, MAX_TEXT = (
+    64,
+    256,
+    2000,
+)  # entries of a dict, characters of its keys and texts: less than MAX_ABOUT
 
 
 @dataclass

@@ -169,6 +169,7 @@ def learn(
     progress: Callable[[Progress], None] = lambda _: None,
     resume: State | None = None,
     ranks: Ranks = ALONE,
+    fetch_every: int | None = None,
 ) -> Motion:
     """The motion of a clip as an embedding: motion-textual inversion (paper 3.3, B.2).
 
@@ -187,6 +188,7 @@ def learn(
     resume      go on from here, with the clip and the settings of the run that it is from. `steps` counts all steps:
                 those done before too. More of them than that run had: set State.begun for another cosine of the rate
     ranks       joined processes that learn together: a step takes other noise in each of them, and the mean gradient
+    fetch_every steps between two calls of progress in which the tokens are those of the step; default: 10, on a CPU 1
 
     The tokens are on the device of the model. Raises FloatingPointError after a loss or gradient that is not finite,
     ValueError for an unknown recipe or clips that do not fit together, RuntimeError where a network has been released.
@@ -196,12 +198,14 @@ def learn(
         raise ValueError("the clips must have the same number of frames and the same size, and be one at least")
     recipe = make_recipe(svd.config, recipe) if recipe is None or isinstance(recipe, str) else recipe
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps)
-    clips = torch.stack([c.frames for c in together]).to(svd.device)  # [clips, F, 3, H, W]
+    if 0 < recipe.num_views < len(together):
+        raise ValueError(f"{len(together)} clips cannot take turns in {recipe.num_views} views: too few views or steps")
+    clips = torch.stack([c.frames for c in together])  # [clips, F, 3, H, W], on the CPU: a GPU holds a view of one
     num_frames, size = clips.shape[1], (clips.shape[-1], clips.shape[-2])
     svd.use(make_budget(svd, num_frames, size, memory, training=True))
     if resume is None:
         with torch.no_grad():
-            embeddings = torch.stack([svd.embed(frames) for frames in clips]).mean(0)  # [F, d]
+            embeddings = torch.stack([svd.embed(frames.to(svd.device)) for frames in clips]).mean(0)  # [F, d]
         generator = torch.Generator().manual_seed(seed)
         tokens = initialise(embeddings, num_tokens, generator, shared_start=recipe.shared_start)
         tokens = tokens[-1:].clone() if shared else tokens  # the temporal set starts from the mean in every recipe
@@ -225,14 +229,14 @@ def learn(
 
     views: Callable[[int], View] = partial(view, svd, clips, motion, flip)
     cached: list[View] = list(resume.views) if resume else []
-    if count := min(recipe.num_cached_views, recipe.steps):
-        views = _cached(views, cached, count, progress)
+    if recipe.num_cached_views and recipe.steps:
+        views = _cached(views, cached, recipe.num_views, progress)
         svd.park("vae")
 
     optimizer = make_optimizer(motion, recipe, resume)
     state = partial(_state, motion, optimizer, cached, resume.begun if resume else 0)
     progress(Progress("learn", motion.steps, recipe.steps, motion=motion, state=state))
-    losses = invert(svd, views, motion, recipe, optimizer=optimizer, ranks=ranks)
+    losses = invert(svd, views, motion, recipe, fetch_every=fetch_every, optimizer=optimizer, ranks=ranks)
     for step, loss in enumerate(losses, start=motion.steps + 1):
         progress(Progress("learn", step, recipe.steps, loss, motion, state))
     return motion

@@ -21,7 +21,7 @@ class Ranks:
     """One of the processes of torchrun, the current one; by default there is no other."""
 
     rank: int = 0  # its number
-    count: int = 1  # of processes
+    count: int = 1  # processes
     local: int = 0  # its number on this machine
 
     @property
@@ -64,7 +64,7 @@ class Ranks:
     def mean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The means of fp32 tensors over the processes, by one all-reduce; NaN where one process has NaN.
 
-        A device must finish its work first.
+        The call waits for the device.
         """
         if self.count == 1:
             return tensors

@@ -16,14 +16,14 @@ from typing import Any
 from minimti.io.files import InputError, atomic_write, check_folder, check_target, check_writable, require_file
 from minimti.io.write import check_frames
 
-SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "png": ""}  # of results, by --format; png is a folder of frames
+SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "png": ""}  # ends of results' names, by --format; png is a folder of frames
 
 
 @dataclass(frozen=True)
 class Job:
     """One result to be made."""
 
-    path: Path  # of the result
+    path: Path  # where the result goes
     motion: int | None  # index of the embedding; None: the image's own
     image: int | None  # index of the image; None: the motion alone
     seed: int

@@ -41,7 +41,7 @@ from minimti.svd import SVD, Conditioning
 
 SMOOTHED = 50  # losses in the mean that the curve shows
 DRAW_SECONDS = 60  # at least so long between two drawings of the curve while training: one takes half a second
-STRIP_HEIGHT = 128  # of a frame in clip.png, at most, in pixels
+STRIP_HEIGHT = 128  # pixels: the height of a frame in clip.png, at most
 
 
 class NothingLeft(InputError):
@@ -62,9 +62,9 @@ class Run:
         self.done: int | None = None  # steps of the embedding, once it is there
         self.saved, self.saved_views = -1, 0  # the step of state.pt, the number of views in views.pt
         self.log: list[dict[str, float]] = []  # the lines of log.jsonl
-        self.written = 0  # of them, those in the file
+        self.written = 0  # how many of them are in the file
         self.began = self.drawn = time.perf_counter()
-        self.last: Progress | None = None  # of stage "learn"
+        self.last: Progress | None = None  # in stage "learn"
         self._locks: list[IO] = []
 
     def __enter__(self) -> "Run":
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def is_begun(self) -> bool:
-        """Whether its folder is there."""
+        """Whether its settings are there."""
         return self.path("settings.json").is_file()
 
     @property
@@ -128,7 +128,8 @@ class Run:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
                 state = self._load(device) if self.path("state.pt").is_file() else None
-            asked = {name: found["settings"].get(name) for name in settings}
+            begun = {"ranks": 1} | found["settings"]  # up to version 0.3.0 a run had one
+            asked = {name: begun.get(name) for name in settings}
         except Exception as error:  # a damaged file can make the unpickler raise anything
             raise InputError(f"{self.folder}: its files are damaged; leave --resume out to begin again") from error
         for name, value in settings.items():
@@ -247,7 +248,8 @@ class Run:
     def show_clips(self, clips: Sequence[Clip]) -> None:
         """Keeps the frames of the first clip, and draws clip.png, a row for each; all have one size and length."""
         with self._explained():
-            write_frames(self.path("frames"), to_uint8(clips[0].frames))
+            if not self.path("frames").is_dir():  # a resumed run has them
+                write_frames(self.path("frames"), to_uint8(clips[0].frames))
             write_strip(self.path("clip.png"), strip_of([clip.frames for clip in clips], STRIP_HEIGHT))
 
     def _write_log(self) -> None:

@@ -8,7 +8,7 @@ the model could do:
 motion      agreement of what moves: of the differences between frames, in the model's latents; 0: unrelated
 appearance  similarity of each frame to that of the clip, by the model's image encoder
 
-They tell a motion that was learned from one that was not; among those that were, hardly the better.
+They tell a motion that was learned from one that was not. They hardly tell which of two learned motions is better.
 
 A result of sample.py (RESULT) shows another subject, in another place, perhaps mirrored, so it cannot be held against
 the clip place by place. Its figures are:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from minimti import Motion, Progress
     from minimti.svd import SVD
 
-# Of the figure of motion, by model: from the first on transfer can be expected, below the second it is not to be.
+# The figure of motion, by model: from the first on transfer can be expected, below the second it is not to be.
 # Measured by `python -m minimti.evaluate --seeds 0 1 2 --motions 4 --targets 2 --only score` (weights/tiny/README.md):
 # other pairs between 0.6 and 0.8, where few embeddings lie, are right about as often.
 THRESHOLDS = {"tiny": (0.7, 0.6)}
@@ -57,8 +57,8 @@ class Score:
 
     model: str
     learned: Figures
-    plain: Figures  # of plain image-to-video: the image's own embedding
-    clip: Figures  # of the clip itself, after the autoencoder
+    plain: Figures  # plain image-to-video: the image's own embedding
+    clip: Figures  # the clip itself, after the autoencoder
 
     @property
     def verdict(self) -> str:
@@ -219,7 +219,8 @@ def main() -> None:
         clip = read_clip(args.clip, config, num_frames=count, size=motion.size, start=start, end=end)
     else:
         clip = read_clip(kept, config, num_frames=count, size=motion.size, stride=1)
-    results = [read_clip(path, config, num_frames=count, stride=1).frames for path in args.results]
+    like = replace(config, size=motion.size)  # a result has this size, upright where its image is
+    results = [read_clip(path, like, num_frames=count, stride=1).frames for path in args.results]
 
     svd = cli.load_model(args, checkpoint, device)
     print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}")

@@ -429,7 +429,9 @@ TRAIN = [
     (["ref.mp4", "up.mp4", "--out", "img.png/new"], "img.png/new: cannot be made a folder (Not a directory)"),
     (["ref.mp4", "up.mp4", "--out", "copy", "--model", "copy/up.pt"], "copy/up.pt: is an input; name another file"),
     (["ref.mp4", "up.mp4", "--together", "--out", "copy"], "copy: is a folder, not a file"),
-    (["ref.mp4", "ref.mp4", "--together", "--cache", "1", *SMALL_FILE], "2 clips cannot take turns in the 1 views"),
+    (["ref.mp4", "ref.mp4", "--together", "--cache", "1", *SMALL_FILE], "2 clips cannot take turns in 1 views; give"),
+    (["ref.mp4", "ref.mp4", "--together", "--cache", "0", "--steps", "1", *SMALL_FILE], "2 clips cannot take turns in"),
+    (["ref.mp4", "ref.mp4", "--together", "--cache", "1", "--dry-run", *SMALL_FILE], "2 clips cannot take turns in 1"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
     (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt"),
     (["ref.mp4", "--model", "svd"], "svd: the download from https://huggingface.co failed (OfflineModeIsEnabled"),
@@ -688,6 +690,18 @@ def test_several_clips_give_an_embedding_each_with_one_model(work, call, clips, 
     alone, among = Motion.load(work / "each/up.pt"), Motion.load(work / "each/of/up.pt")
     assert torch.equal(alone.tokens, among.tokens) and among.size == (64, 128)
     assert among.settings["clip"] == "up.mp4"
+
+
+def test_an_embedding_without_a_score_is_one_all_the_same(work, call, clips, monkeypatch):
+    """And the next clip is learned too."""
+
+    def describe(*_):
+        raise FloatingPointError("the sample is not finite:\ntry --dtype bfloat16")
+
+    monkeypatch.setattr("minimti.score.describe", describe)
+    code, out, error = call("train.py", *clips, *SMALL_FILE, "--steps", "1", "--cache", "1", "--out", "unscored")
+    assert code == 0 and out.count("\nnote       without a score: the sample is not finite:\n") == 2, error
+    assert sorted(path.name for path in (work / "unscored").glob("*.pt")) == ["ref.pt", "up.pt"]
 
 
 def test_clips_are_learned_together(work, call, clips):

@@ -18,6 +18,15 @@ def fail(number: int) -> None:
     raise ValueError(f"of {number}")
 
 
+class Odd(Exception):
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+def fail_oddly(number: int) -> None:
+    raise Odd("of 1")
+
+
 def die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -37,7 +46,10 @@ def test_processes_share_arguments_and_cores():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("function, error, said", [(fail, ValueError, "of 1"), (die, RuntimeError, "was killed")])
+@pytest.mark.parametrize(
+    "function, error, said",
+    [(fail, ValueError, "of 1"), (fail_oddly, RuntimeError, "of 1"), (die, ChildProcessError, "was killed")],
+)
 def test_what_goes_wrong_in_a_process_is_raised(function, error, said):
     with pytest.raises(error, match=said):
         [*in_processes(function, [(1,), (1,)], 2)]

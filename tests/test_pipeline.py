@@ -110,7 +110,7 @@ def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
 
 
 def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
-    """Nowhere else: not in another mode, for another length, in another precision, on another card."""
+    """Nowhere else: not for another length, in another precision, on another card."""
     svd, frames, card = MODELS["svd"], torch.empty(14, 3, 576, 1024, device="meta"), "NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(pipeline, "SVD", cache(SVD))  # built once
     monkeypatch.setattr(pipeline, "available_memory", lambda device: 80 * 2**30)
@@ -121,14 +121,15 @@ def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
     for described, expected in (
         ((svd, clip, 1000, cuda, None, "auto"), "about 5 minutes for 1000 steps, besides loading and encoding"),
         ((svd, upright, 500, cuda, half, "balanced"), "about 3 minutes for 500 steps, besides loading and encoding"),
-        ((svd, clip, 1000, cuda, half, "low"), f"not measured on {card} at this size, precision and memory mode"),
+        ((svd, clip, 1000, cuda, half, "low"), "about 8 minutes for 1000 steps, besides loading and encoding"),
         ((svd, short, 1000, cuda, half, "max"), f"not measured on {card} at this size, precision and memory mode"),
         ((svd, clip, 1000, cuda, torch.float32, "max"), f"not measured on {card} at this size, precision and memory"),
     ):
         lines = dict(pipeline.describe_learning(*described))
         assert lines["memory"].endswith(" of 80.0 GiB") and lines["time"].startswith(expected)
-    card = "NVIDIA A100"
-    assert dict(pipeline.describe_learning(svd, clip, 1000, cuda, None, "max"))["time"].startswith("not measured on NV")
+    for card in ("NVIDIA A100", "NVIDIA H100 PCIe"):
+        time = dict(pipeline.describe_learning(svd, clip, 1000, cuda, None, "max"))["time"]
+        assert time.startswith(f"not measured on {card}")
     assert "time" not in dict(pipeline.describe_learning(MODELS["tiny"], clip, 150, cpu, None, "auto"))
 
 
@@ -205,6 +206,25 @@ def test_clips_of_different_shapes_are_refused(svd, clip):
     for clips in ([], [clip, replace(clip, frames=clip.frames[1:])]):
         with pytest.raises(ValueError, match="same number of frames"):
             learn(svd, clips)
+
+
+def test_every_clip_has_a_turn(svd, clip):
+    for recipe in (replace(RECIPE, num_cached_views=1), replace(RECIPE, num_cached_views=0, steps=1)):
+        with pytest.raises(ValueError, match="2 clips cannot take turns in 1 views"):
+            learn(svd, [clip, clip], recipe=recipe)
+
+
+@pytest.mark.parametrize("fetch_every, settled", [(1, [0, 1, 2, 3]), (3, [0, 3])])
+def test_losses_can_be_had_after_every_step(svd, clip, fetch_every, settled):
+    """On a GPU they come ten at a time by default, with the tokens of the last."""
+    seen: list[int] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "learn" and progress.is_settled:
+            seen.append(progress.step)
+
+    learn(svd, clip, recipe=RECIPE, fetch_every=fetch_every, progress=watch)
+    assert seen == settled
 
 
 def test_flip_reaches_the_views(svd, clip, monkeypatch):

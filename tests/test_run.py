@@ -292,6 +292,17 @@ def test_a_damaged_run_is_refused_in_one_line(mini_svd, clip, tmp_path, name, co
             pass
 
 
+def test_a_run_of_version_0_3_0_goes_on_in_one_process(mini_svd, clip, tmp_path):
+    """Its settings do not say how many processes it has."""
+    with begun(tmp_path / "m.pt", settings={"seed": 0}) as run:
+        train(mini_svd, clip, run, stop=2)
+    with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1}) as (_, state):
+        assert state.steps == 2
+    with pytest.raises(InputError, match="is a run of ranks 1, not 2"):
+        with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 2}):
+            pass
+
+
 def test_without_a_run_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(InputError, match="m.run: no run to resume; leave --resume out to begin one"):
         with resumed(tmp_path / "m.pt"):

@@ -28,7 +28,7 @@ from minimti.io.write import write_clip, write_strip
 from minimti.svd import SVD
 
 ROOT = Path(minimti.__file__).resolve().parents[1]  # the checkout: a wheel has neither program
-BAR = re.compile(r"([^\r\n:|]+):\s+(?:\d+%\|[^|\r\n]*\|\s+)?(\d+)/(\d+) \[")  # of a bar, or of a line of a log
+BAR = re.compile(r"([^\r\n:|]+):\s+(?:\d+%\|[^|\r\n]*\|\s+)?(\d+)/(\d+) \[")  # a bar, or a line of a log
 
 
 def find_programs() -> None:
@@ -54,7 +54,7 @@ def write_weights(path: Path, config: SVDConfig, device: str) -> None:
         if len(shape) > 1:
             r /= torch.Size(shape[1:]).numel() ** 0.5
         elif not name.endswith("mix_factor"):
-            r = 0.1 * r + name.endswith("weight")  # of a norm around 1, a bias around 0
+            r = 0.1 * r + name.endswith("weight")  # a norm's around 1, a bias around 0
         return r.half().cpu()
 
     tensors = {name: weight(name, source.shape) for source in wanted.values() for name in source.names}

@@ -4,6 +4,7 @@ Seeds 0 to 4 are for whatever is tuned. Seeds 21 to 25 are for reports: nothing 
 """
 
 import argparse
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,12 +57,12 @@ def main() -> None:
     missing = [(task, name, seed) for name in names for seed in seeds if not results.has(seed, name)]
 
     print(HEADER, flush=True)
-    found = in_processes(run, missing, args.jobs)
-    for name in names:
-        while not all(results.has(seed, name) for seed in seeds):
-            results.add(*next(found))
-        for line in results.table(name, seeds):
-            print(line, flush=True)
+    with closing(in_processes(run, missing, args.jobs)) as found:
+        for name in names:
+            while not all(results.has(seed, name) for seed in seeds):
+                results.add(*next(found))
+            for line in results.table(name, seeds):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from minimti.world.scene import Scene, Trajectory, Wave, flip, paint, random_sce
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import motion_error, track
 
-NUM_REFERENCES = 3  # of each motion: the most clips from which an experiment learns one
+NUM_REFERENCES = 3  # for each motion: the most clips from which an experiment learns one
 DISTINCT = 0.5  # motion error between two motions, below which a clip cannot show which of them it follows
 
 
@@ -219,8 +219,8 @@ class Evaluation:
     def learn(self, case: Case, inversion: Inversion | None = None) -> Motion:
         """The motion of a case's references as an embedding, by `inversion` or the model's own recipe.
 
-        It is kept in the folder, under a name that stands for all it depends on but the code: another process, or a
-        later run, does not learn it again.
+        It is kept in the folder, under a name that stands for all it depends on but the code: a process or a run that
+        comes to it later does not learn it again.
         """
         inversion = inversion or self.inversion()
         if (case, inversion) not in self._motions:
@@ -252,6 +252,7 @@ class Evaluation:
             shared=inversion.shared,
             seed=inversion.seed,
             progress=keep,
+            fetch_every=1,  # the tokens of every step
         )
         return [kept[step] for step in steps]
 

@@ -16,7 +16,7 @@ HEADER = (
     "| experiment | quantity | mean | 95 % interval | deviation over motions | over seeds | clips |\n"
     "|---|---|---|---|---|---|---|"
 )
-RESAMPLES = 10_000  # of the bootstrap
+RESAMPLES = 10_000  # samples of the bootstrap
 
 
 class Results:

@@ -55,7 +55,7 @@ def _tone_map(frame: av.VideoFrame) -> Callable[[NDArray[np.uint16]], NDArray[np
     """uint16 [h, W, 3] of a frame's transfer function and primaries -> uint8 sRGB."""
     signal = np.arange(2**16, dtype=np.float64) / (2**16 - 1)
     is_hlg = frame.color_trc == ColorTrc.ARIB_STD_B67
-    light = (_hlg_scene(signal) if is_hlg else _pq_nits(signal) / WHITE).astype(np.float32)  # of every signal
+    light = (_hlg_scene(signal) if is_hlg else _pq_nits(signal) / WHITE).astype(np.float32)  # for every signal
     wide = frame.color_primaries in (ColorPrimaries.BT2020, UNSPECIFIED)
 
     def convert(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:

@@ -24,13 +24,13 @@ from minimti.io.colour import to_rgb
 from minimti.io.deinterlace import deinterlaced
 from minimti.io.files import InputError
 
-# Containers and raw streams that hold their own pictures. Playlists, scripts, numbered pictures, devices and text, all
-# of which make FFmpeg open or show other files, are not among them. Sound and single pictures have better messages so.
+# Containers and raw streams that hold their own pictures. Playlists, scripts, numbered pictures, devices and text make
+# FFmpeg open or show other files, so they are not among them. Sound and single pictures are, for better messages.
 DEMUXERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,flv,asf,ogg,gif,apng,mjpeg,mxf,nut,dv,"
     "yuv4mpegpipe,png_pipe,jpeg_pipe,wav,mp3"
 )
-MAX_PIXELS = 50_000_000  # of a frame; 8K has 33 million. A decoder keeps several frames of four bytes a pixel.
+MAX_PIXELS = 50_000_000  # bound of a frame; 8K has 33 million. A decoder keeps several frames of four bytes a pixel.
 LIMIT = f"{MAX_PIXELS // 10**6} megapixels a frame"
 MAX_PIPE_BYTES = 4 * 2**30  # a pipe is first copied to a temporary file
 NOT_A_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -143,7 +143,7 @@ class VideoFile:
         """Makes an InputError of what FFmpeg and PyAV raise in the block."""
         try:
             yield
-        except av.ArgumentError as error:  # of a format that is not in DEMUXERS, above all
+        except av.ArgumentError as error:  # above all for a format that is not in DEMUXERS
             formats = "mp4, mov, mkv, webm, avi, ts, gif and the like"
             raise InputError(f"{self.path}: cannot be read as a video; these can: {formats}") from error
         except FAULTS as error:

@@ -6,13 +6,13 @@ from fractions import Fraction
 
 import av
 
-TICK = Fraction(1, 1000)  # of the filter, which has to be given times but is not relied on for any
+TICK = Fraction(1, 1000)  # unit of the filter's times, which it must be given, but which nothing here reads
 
 
 def deinterlaced(timed: Iterator[tuple[float, av.VideoFrame]]) -> Iterator[tuple[float, av.VideoFrame]]:
     """One whole frame for each interlaced one (bwdif), at the same time; others as they are."""
     graph: av.filter.Graph | None = None
-    times: deque[float] = deque()  # of the frames in the graph, which holds back one
+    times: deque[float] = deque()  # when the frames in the graph are shown; it holds back one
     shape: tuple[int, int, str] | None = None
     for time, frame in timed:
         this = (frame.width, frame.height, frame.format.name)

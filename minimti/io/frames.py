@@ -73,9 +73,9 @@ class Taken:
 
     frames: Tensor  # [F, 3, height, width]
     times: list[float]  # wanted, or with a stride the frames' own
-    rate: float | None  # of the file's frames, from the first one that was taken to the last
+    rate: float | None  # frames per second in the file, from the first one that was taken to the last
     last: float  # time of the last frame that was read
-    end: float  # of the file, where it was reached, else infinite
+    end: float  # where the file ends, if that was reached, else infinite
 
 
 def choose(path: Path, source: Source, choice: Choice, fitted: Callable[[Any], Tensor]) -> tuple[Taken, list[str]]:

@@ -108,7 +108,7 @@ def _decode(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
         most = f"{limit / 1e6:.0f} megapixels, and {MAX_SIDE} pixels to a side, are the most"
         raise InputError(f"{path}: is of {image.width}x{image.height} pixels; {most}; make it smaller")
     factor = _factor(image)
-    image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))  # of JPEG files alone
+    image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))  # JPEG files alone
     image.load()  # a TIFF then stands upright and has lost its tag
     upright = UPRIGHT.get(_orientation(image))
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):

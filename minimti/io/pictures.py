@@ -15,7 +15,7 @@ from minimti.io.files import InputError
 from minimti.io.image import decode_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-MAX_PIXELS = 50_000_000  # of an animated WebP's picture, as of a video's
+MAX_PIXELS = 50_000_000  # bound of an animated WebP's picture, as of a video's
 
 
 class Pictures:
@@ -71,7 +71,7 @@ class AnimatedWebP:
         assert first is not None
         self.size = first[1].size
         self.duration: float | None = None
-        self.rate = 10.0  # of a file that gives no durations
+        self.rate = 10.0  # where a file gives no durations
 
     def __enter__(self) -> "AnimatedWebP":
         return self

@@ -36,8 +36,8 @@ def oriented(size: tuple[int, int], width: float, height: float) -> tuple[int, i
 class Placement:
     """Which part of a picture is used, and which part of the target it fills."""
 
-    source: Box  # of the picture
-    target: Box  # of the target; the rest is padding
+    source: Box  # in the picture
+    target: Box  # in the target; the rest is padding
     have: tuple[int, int]  # width, height of the picture
     size: tuple[int, int]  # width, height of the target
 

@@ -27,7 +27,7 @@ class Clip:
 
     frames: Tensor  # fp32 [F, 3, H, W] in [-1,1]
     fps: float  # rate at which they were taken; the file's own may be higher
-    times: tuple[float, ...]  # of the F frames, in seconds since the file's first frame
+    times: tuple[float, ...]  # seconds from the file's first frame to each of the F frames
     source: str  # path of the file, the folder or the pattern
     source_size: tuple[int, int]  # width, height of the upright frames in the file, in pixels
     source_fps: float | None = None  # rate of the file's frames there; None where only one was read

@@ -50,6 +50,15 @@ def _kernels() -> ModuleType | None:
     return triton_kernels
 
 
+@contextmanager
+def _launching(x: Tensor) -> Iterator[ModuleType]:
+    """The kernels; within the block they run on the device of x. Triton launches on the current device."""
+    kernels = _kernels()
+    assert kernels is not None
+    with torch.cuda.device_of(x):
+        yield kernels
+
+
 def group_norm(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None, silu: bool) -> Tensor:
     """norm(x + shift), then SiLU if asked for.
 
@@ -79,9 +88,8 @@ def _group_norm(
 
     These are scale and offset of x for the result before SiLU, then scale and offset of x for the normalised input.
     """
-    kernels = _kernels()
-    assert kernels is not None
-    return kernels.group_norm(x, None if shift is None else shift.contiguous(), weight, bias, groups, eps, silu)
+    with _launching(x) as kernels:
+        return kernels.group_norm(x, None if shift is None else shift.contiguous(), weight, bias, groups, eps, silu)
 
 
 @_group_norm.register_fake
@@ -92,9 +100,8 @@ def _(x: Tensor, shift: Any, weight: Any, bias: Any, groups: int, eps: float, si
 @torch.library.custom_op("minimti::group_norm_backward", mutates_args=())
 def _group_norm_backward(dy: Tensor, x: Tensor, affine: Tensor, weight: Tensor, groups: int, silu: bool) -> Tensor:
     """The gradient with respect to x [N, R, C]."""
-    kernels = _kernels()
-    assert kernels is not None
-    return kernels.group_norm_backward(dy.contiguous(), x, affine, weight, groups, silu)
+    with _launching(x) as kernels:
+        return kernels.group_norm_backward(dy.contiguous(), x, affine, weight, groups, silu)
 
 
 @_group_norm_backward.register_fake
@@ -119,9 +126,8 @@ _group_norm.register_autograd(_differentiate_group_norm, setup_context=_save_for
 @torch.library.custom_op("minimti::geglu", mutates_args=())
 def _geglu(projected: Tensor) -> Tensor:
     """[R, 2 H] contiguous -> [R, H]."""
-    kernels = _kernels()
-    assert kernels is not None
-    return kernels.geglu(projected)
+    with _launching(projected) as kernels:
+        return kernels.geglu(projected)
 
 
 @_geglu.register_fake
@@ -132,9 +138,8 @@ def _(projected: Tensor) -> Tensor:
 @torch.library.custom_op("minimti::geglu_backward", mutates_args=())
 def _geglu_backward(dy: Tensor, projected: Tensor) -> Tensor:
     """The gradient with respect to projected [R, 2 H]."""
-    kernels = _kernels()
-    assert kernels is not None
-    return kernels.geglu_backward(dy.contiguous(), projected)
+    with _launching(projected) as kernels:
+        return kernels.geglu_backward(dy.contiguous(), projected)
 
 
 @_geglu_backward.register_fake

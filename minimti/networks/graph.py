@@ -30,14 +30,15 @@ class Graphed:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """function(*inputs), in new tensors."""
-        if not self.inputs:
-            self._record(inputs)
-        if self.graph is None:
-            return self.function(*inputs)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)
+        with torch.cuda.device_of(inputs[0]):  # else graphs are those of the current device
+            if not self.inputs:
+                self._record(inputs)
+            if self.graph is None:
+                return self.function(*inputs)
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            self.graph.replay()
+            return tuple(output.clone() for output in self.outputs)
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in inputs)

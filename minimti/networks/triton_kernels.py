@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 # The fastest of eight forms tried on an H100 (minimti/bench/results/).
-ROWS, BACKWARD_ROWS, CHANNELS = 128, 64, 64  # of a tile
+ROWS, BACKWARD_ROWS, CHANNELS = 128, 64, 64  # size of a tile
 PART_ROWS, MAX_PARTS = 256, 64  # rows that one program sums up at least, and parts of an image at most
-ELEMENTS = 1024  # of a tile of GEGLU
+ELEMENTS = 1024  # size of a tile of GEGLU
 
 
 def group_norm(

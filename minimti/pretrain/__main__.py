@@ -36,8 +36,8 @@ def parse() -> argparse.Namespace:
         help=f"any of {', '.join(NAMES)} (default: all); without the first, the model in --out is trained further",
     )
     add("--lr", type=cli.number(1e-6, 1), default=DEFAULT.lr, help="largest learning rate (default: %(default)s)")
-    batch = "clips in a step of captions and images, and as many more to draw from (default: %(default)s)"
-    add("--batch", type=cli.integer(1, 10**4), default=DEFAULT.stages[-1].batch, help=batch)
+    batch = "clips in a step of captions and images; the number of encoded clips grows with it (default: %(default)s)"
+    add("--batch", type=cli.integer(1, 10**4), default=DEFAULT.batch, help=batch)
     add("--jobs", type=cli.integer(1, 1000), default=1, metavar="K", help="processes that draw clips (default: 1)")
     add("--device", default="cpu", help="cuda, cpu, ...; a run can go on on another one (default: %(default)s)")
     return parser.parse_args()

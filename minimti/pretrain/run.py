@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from minimti.pretrain.stages import (
     draw_clips,
     encode_clips,
     gaussian,
+    latent_shape,
     normalise_latents,
 )
 from minimti.world import captions
@@ -46,8 +48,11 @@ from minimti.world.clips import SCENES, check_sizes, pixels
 from minimti.world.scene import WORDS, Scene, render
 
 STATE = ("stage", "step", "history", "ema", "optimisers")  # fields of Run in its checkpoint
-OPTIMISER_STATES = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, in `make_optimisers`' order
-COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # of a row of the card
+OPTIMISER_STATES = (
+    {"momentum"},
+    {"step", "exp_avg", "exp_avg_sq"},
+)  # names for a parameter, in `make_optimisers`' order
+COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # names in a row of the card
 CPU = torch.device("cpu")
 FETCH_EVERY = 25  # steps between two fetches of losses from a GPU, which makes it wait
 ENCODED, HELD_OUT = 10**6, 2 * 10**6  # take the place of a stage's number in the seeds of other generators
@@ -71,6 +76,11 @@ class PretrainSettings:
     shown: int  # held-out clips in a picture; at most `measured`
     shown_guidance: tuple[float, float]  # at the first and the last frame
 
+    @property
+    def batch(self) -> int:
+        """The clips in a step of the last stage."""
+        return self.stages[-1].batch
+
 
 DEFAULT = PretrainSettings(
     stages=STAGES,
@@ -90,9 +100,9 @@ DEFAULT = PretrainSettings(
 
 
 def with_batch(settings: PretrainSettings, batch: int) -> PretrainSettings:
-    """The same with `batch` clips in a step of the UNet's stages, and as many more clips to draw from."""
+    """The same with `batch` clips in a step of the UNet's stages; the number of encoded clips grows in proportion."""
     stages = tuple(replace(stage, batch=batch) if stage.clips else stage for stage in settings.stages)
-    chunk = max(1, round(settings.chunk * batch / settings.stages[-1].batch))
+    chunk = max(1, round(settings.chunk * batch / settings.batch))
     return replace(settings, stages=stages, chunk=chunk)
 
 
@@ -141,7 +151,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""
         names = " ".join(stage.name for stage in self.stages)
-        numbers = {"seed": self.seed, "scale": self.scale, "lr": self.settings.lr, "batch": self.stages[-1].batch}
+        numbers = {"seed": self.seed, "scale": self.scale, "lr": self.settings.lr, "batch": self.settings.batch}
         return {"config": to_json(self.config), "stages": names, **numbers}
 
     @property
@@ -150,8 +160,8 @@ class Run:
         options = f"--seed {self.seed} --scale {self.scale:g}"
         if self.settings.lr != DEFAULT.lr:
             options += f" --lr {self.settings.lr:g}"
-        if self.stages[-1].batch != DEFAULT.stages[-1].batch:
-            options += f" --batch {self.stages[-1].batch}"
+        if self.settings.batch != DEFAULT.batch:
+            options += f" --batch {self.settings.batch}"
         if len(self.stages) < len(self.settings.stages):
             options += f" --stages {self.identity['stages']}"
         return f"python -m minimti.pretrain {options}"
@@ -167,8 +177,8 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """The context of all passes through the networks."""
-        enabled = self.dtype == torch.bfloat16  # the cache of converted weights cannot be recorded as a graph
-        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
+        # A graph cannot record the use of cached copies of the weights.
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of the current stage, by name; all others are frozen."""
@@ -215,7 +225,7 @@ def begin(
         if found == run.identity:
             restore(run, saved)
         require(all(type(value) in (str, int, float) for value in found.values()), "identity")
-        numbers = " ".join(f"--{key} {found[key]:g}" for key in ("seed", "scale", "lr", "batch"))
+        numbers = " ".join(f"--{key} {found[key]}" for key in ("seed", "scale", "lr", "batch"))
         other = printable(f"{numbers} --stages {found['stages']}", 200)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
@@ -236,7 +246,7 @@ def take_up(run: Run, out: Path) -> None:
         run.model.words.load_state_dict(words.state_dict())
         run.history = json.loads(checkpoint.tensors.metadata["stages"])
         check_history(run.history)
-    except Exception as error:  # of a file that was damaged, or written by another program
+    except Exception as error:  # the file is damaged, or another program wrote it
         raise InputError(f"{out}: no model that minimti.pretrain wrote; train it from its first stage") from error
 
 
@@ -327,15 +337,15 @@ def encoded_clips(run: Run, kind: str, check: Callable[[], None]) -> EncodedClip
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     arguments = [(run.config, kind, run.seed, i, run.settings.chunk) for i in missing]
     before = time.perf_counter()
-    drawings = in_processes(draw_chunk, arguments, run.jobs)
-    for i, drawn in tqdm(drawings, f"encode {kind}", len(missing), mininterval=1):
-        check()
-        with run.autocast():
-            chunk = encode_clips(run.model, drawn)
-        now = time.perf_counter()
-        with atomic_write(paths[i]) as part, open(part, "wb") as file:
-            torch.save({"seconds": now - before, "tensors": vars(chunk)}, file)
-        before = now
+    with closing(in_processes(draw_chunk, arguments, run.jobs)) as drawings:
+        for i, drawn in tqdm(drawings, f"encode {kind}", len(missing), mininterval=1):
+            check()
+            with run.autocast():
+                chunk = encode_clips(run.model, drawn)
+            now = time.perf_counter()
+            with atomic_write(paths[i]) as part, open(part, "wb") as file:
+                torch.save({"seconds": now - before, "tensors": vars(chunk)}, file)
+            before = now
     seconds, parts = zip(*(read_encoded(run, path) for path in paths))
     run.encoding_seconds[kind] = sum(seconds)
     return EncodedClips(*(torch.cat(tensors) for tensors in zip(*parts)))
@@ -349,8 +359,7 @@ def draw_chunk(config: SVDConfig, kind: str, seed: int, i: int, num_scenes: int)
 def read_encoded(run: Run, path: Path) -> tuple[float, list[Tensor]]:
     """The seconds that encoding took, and the tensors of an EncodedClips. Raises InputError for a damaged file."""
     config, n = run.config, 2 * run.settings.chunk
-    width, height = (length // 2 ** (len(config.vae.ch_mult) - 1) for length in config.size)
-    latent = (config.vae.z_channels, height, width)
+    latent = latent_shape(config)
     shapes = {
         "latents": (n, config.num_frames, *latent),
         "image": (n, *latent),
@@ -380,11 +389,11 @@ class Gradients:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss; the gradients are those of the parameters, None where the batch has no use for one."""
         device, shapes = self.run.device, tuple(tensor.shape for tensor in batch)
-        if device.type == "cuda":  # from pinned memory the copy does not wait for the steps before
-            batch = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
         if shapes not in self.functions:
             self.functions[shapes] = Graphed(self.compute) if device.type == "cuda" else self.compute
-        loss, *grads = self.functions[shapes](*(tensor.to(device) for tensor in batch))
+        if device.type == "cuda":  # a copy from pinned memory does not wait for the steps before
+            batch = tuple(tensor.pin_memory() for tensor in batch)
+        loss, *grads = self.functions[shapes](*(tensor.to(device, non_blocking=True) for tensor in batch))
         for p, grad in zip(self.used[shapes], grads):
             p.grad = grad
         return loss
@@ -428,8 +437,7 @@ def train(run: Run, check: Callable[[], None]) -> None:
         unfetched.clear()
         for loss in losses:
             if not math.isfinite(loss):
-                number = len(record.losses) + 1
-                raise FloatingPointError(f"stage {stage.name}: the loss of step {number} is not finite")
+                raise FloatingPointError(f"stage {stage.name}: the loss of step {len(record.losses) + 1} is not finite")
             record.losses.append(loss)
 
     def save() -> None:
@@ -469,6 +477,7 @@ def train(run: Run, check: Callable[[], None]) -> None:
         raise
     finally:
         progress.close()
+        gradients.functions.clear()  # the memory of their graphs
     with torch.no_grad():
         for name, p in trainable.items():
             p.copy_(run.ema[name])

@@ -428,11 +428,11 @@ class Stage:
     name: str
     title: str  # for the card
     draw: Callable[[SVDConfig, Mapping[str, EncodedClips], np.random.Generator, int], Batch]
-    loss: Callable[..., Tensor]  # of the model and what was drawn
+    loss: Callable[..., Tensor]  # takes the model and what was drawn
     steps: int
     batch: int
     modules: tuple[str, ...]  # submodules of PretrainModel that it trains
-    clips: tuple[str, ...] = ()  # kinds of encoded clips that its loss needs
+    clips: tuple[str, ...] = ()  # kinds of encoded clips that it draws from
     decays: bool = True  # whether its learning rate falls to 0; not if the next stage trains the same modules
 
 
