@@ -274,13 +274,10 @@ def main() -> None:
         pixels = decode_image(path)  # read again when its turn comes: twenty photographs take gigabytes
         sizes.append((pixels.shape[-1], pixels.shape[-2]))
     other = decode_image(args.swap) if args.swap else None
-    if motions and args.model is None and motions[0].model not in MODELS:
-        name = motions[0].model
-        raise InputError(f"{args.emb[0]}: made with a model called {name!r}; pass its file or folder as --model")
+    model = cli.model_of(args, args.emb[0], motions[0]) if motions else "auto" if args.model is None else args.model
 
     args.device = ranks.device(args.device)
     with ranks.quiet():  # one process prints these for all
-        model = args.model if args.model is not None else motions[0].model if motions else "auto"
         checkpoint, device = cli.find_model(args, model)
         config = checkpoint.config
         if args.schedule == "ays" and config.sigma_max != AYS_SIGMAS[0]:

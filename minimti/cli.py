@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from minimti.checkpoint.load import Checkpoint
+    from minimti.motion import Motion
     from minimti.pipeline import Progress
     from minimti.svd import SVD
 
@@ -140,6 +141,13 @@ def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch
     if checkpoint.config.note:
         print(f"note       {checkpoint.config.note}")
     return checkpoint, device
+
+
+def model_of(args: argparse.Namespace, emb: str, motion: "Motion") -> str:
+    """The model of --model, else the one that the embedding `emb` names. Raises InputError for an unknown name."""
+    if args.model is None and motion.model not in MODELS:
+        raise InputError(f"{emb}: made with a model called {motion.model!r}; pass its file or folder as --model")
+    return motion.model if args.model is None else args.model
 
 
 def load_model(

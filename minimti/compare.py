@@ -5,7 +5,6 @@ A row for each motion: the clip, then its results. All are shown at the times of
 
 import base64
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -88,7 +87,6 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
     Raises InputError where neither is there.
     """
     strip, source = Run(emb, save_every=1).path("clip.png"), motion.settings.get("clip", "")
-    times = re.match(r"([0-9.]+) to ([0-9.]+) s", motion.settings.get("times", ""))
     fps = motion.fps or motion.micro.fps_id + 1
     label = f"{Path(emb).stem}: the clip"
     if strip.is_file():
@@ -96,8 +94,10 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
         frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
         return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
-    if times and source and os.path.exists(source):  # with --together it is a list, perhaps longer than a name may be
-        start, end = map(float, times.groups())
+    if (
+        motion.span and source and os.path.exists(source)
+    ):  # with --together it is a list, perhaps longer than a name may be
+        start, end = motion.span
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is cut off, which training has said
             clip = read_clip(source, config, num_frames=motion.num_frames, start=start, end=end, size=motion.size)

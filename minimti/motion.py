@@ -61,6 +61,12 @@ class Motion:
             return self.tokens[None].expand(-1, self.num_frames, -1, -1), self.tokens
         return self.tokens[None, :-1], self.tokens[-1:]
 
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """When its clip begins and ends in the file, in seconds; None where the settings do not say."""
+        times = re.match(r"([0-9.]+) to ([0-9.]+) s", self.settings.get("times", ""))
+        return (float(times[1]), float(times[2])) if times else None
+
     def check_fits(self, config: SVDConfig) -> None:
         """Raises InputError if the embedding was learned on another model than `config` describes."""
         width = self.tokens.shape[-1]

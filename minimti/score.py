@@ -21,13 +21,11 @@ appearance  similarity of its first frame to the others, beside the same of the 
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from minimti import cli
-from minimti.config import MODELS
 from minimti.io.files import InputError
 
 if TYPE_CHECKING:
@@ -99,10 +97,10 @@ def measure(
     """
     import torch
 
-    from minimti.io.pixels import to_uint8
+    from minimti.io.pixels import from_uint8, to_uint8
     from minimti.pipeline import animate, make_budget
 
-    frames = as_input(to_uint8(frames)).to(svd.device)  # as a file keeps them: the same score from there
+    frames = from_uint8(to_uint8(frames)).to(svd.device)  # as a file keeps them: the same score from there
     budget = make_budget(svd, len(frames), (frames.shape[-1], frames.shape[-2]), memory, training=False)
     with torch.no_grad(), svd.using(budget):
         wanted = svd.embed(frames)  # [F, d]
@@ -118,7 +116,7 @@ def measure(
         videos.append(to_uint8(svd.decode(latents)[0]))
         figures = []
         for video in videos:
-            pixels = as_input(video).to(frames)
+            pixels = from_uint8(video).to(frames)
             alike = torch.cosine_similarity(svd.embed(pixels), wanted).mean().item()
             figures.append(Figures(agreement(svd.encode(pixels[None])[0], latents[0]), alike))
     return Score(svd.config.name, *figures)
@@ -173,11 +171,6 @@ def cosine(x: "Tensor", y: "Tensor") -> float:
     return ((x * y).sum() / norms).item() if norms > 0 else 0.0
 
 
-def as_input(video: "Tensor") -> "Tensor":
-    """uint8, of any shape -> fp32 in [-1,1]."""
-    return video.float() / 127.5 - 1
-
-
 def parse() -> argparse.Namespace:
     """The command line. Ends the program with exit code 2 where it is wrong."""
     parser = cli.Parser(prog="python -m minimti.score", description=__doc__)
@@ -191,12 +184,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def span(motion: "Motion") -> tuple[float, float | None]:
-    """When the clip of an embedding begins and ends in its file, in seconds; (0, None) where that is not known."""
-    times = re.match(r"([0-9.]+) to ([0-9.]+) s", motion.settings.get("times", ""))
-    return (float(times[1]), float(times[2])) if times else (0.0, None)
-
-
 def main() -> None:
     """Prints the score. Raises InputError where an input is unusable."""
     args = parse()
@@ -205,17 +192,15 @@ def main() -> None:
     from minimti.run import Run
 
     motion = Motion.load(args.emb)
-    if args.model is None and motion.model not in MODELS:
-        name = motion.model
-        raise InputError(f"{args.emb}: made with a model called {name!r}; pass its file or folder as --model")
+    model = cli.model_of(args, args.emb, motion)
     kept = Run(args.emb, save_every=1).path("frames")
     if not args.clip and not kept.is_dir():
         raise InputError(f"{args.emb}: its clip is not beside it, in {kept}; name the clip as --clip")
-    checkpoint, device = cli.find_model(args, motion.model if args.model is None else args.model)
+    checkpoint, device = cli.find_model(args, model)
     config, count = checkpoint.config, motion.num_frames
     motion.check_fits(config)
     if args.clip:
-        start, end = span(motion)
+        start, end = motion.span or (0.0, None)
         clip = read_clip(args.clip, config, num_frames=count, size=motion.size, start=start, end=end)
     else:
         clip = read_clip(kept, config, num_frames=count, size=motion.size, stride=1)

@@ -11,9 +11,10 @@ from official import MINI, SMALL, write_official
 
 import train
 from minimti import animate, cli, learn, load, pipeline, read_clip, score
+from minimti.io.pixels import from_uint8
 from minimti.io.write import write_clip, write_frames
 from minimti.motion import Motion
-from minimti.score import Figures, Score, agreement, as_input, constancy, measure, rhythm
+from minimti.score import Figures, Score, agreement, constancy, measure, rhythm
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMES, SIZE = MINI.num_frames, MINI.size
@@ -76,7 +77,7 @@ def test_each_figure_is_that_of_its_video(mini_svd):
 
     The clip counts as the frames that a run keeps, in eight bits.
     """
-    frames, motion = as_input(moving()), embedding()
+    frames, motion = from_uint8(moving()), embedding()
     before = mini_svd.budget
     found = measure(mini_svd, motion, frames + 0.003 * (2 * torch.rand_like(frames) - 1))
     assert mini_svd.budget is before
@@ -87,7 +88,7 @@ def test_each_figure_is_that_of_its_video(mini_svd):
         "clip": ((mini_svd.decode(latents)[0].clamp(-1, 1) + 1) * 127.5).round().byte(),
     }
     for name, video in videos.items():
-        again = as_input(video)
+        again = from_uint8(video)
         alike = torch.cosine_similarity(mini_svd.embed(again), wanted).mean().item()
         expected = agreement(mini_svd.encode(again[None])[0], latents[0]), alike
         assert tuple(vars(getattr(found, name)).values()) == pytest.approx(expected, abs=1e-5), name
@@ -96,22 +97,22 @@ def test_each_figure_is_that_of_its_video(mini_svd):
 
 def test_a_clip_of_another_length_and_size_is_measured_at_its_own(mini_svd):
     tokens = torch.randn(1, 2, MINI.unet.context_dim)  # one set for all frames
-    frames = as_input(moving(6, (32, 48)))
+    frames = from_uint8(moving(6, (32, 48)))
     found = measure(mini_svd, embedding(tokens=tokens, num_frames=6, size=(32, 48)), frames)
     assert all(-1 <= value <= 1 for figures in (found.learned, found.plain) for value in vars(figures).values())
 
 
 def test_progress_goes_through_both_samples(mini_svd):
     seen = []
-    measure(mini_svd, embedding(), as_input(moving()), progress=lambda p: seen.append((p.stage, p.step, p.steps)))
+    measure(mini_svd, embedding(), from_uint8(moving()), progress=lambda p: seen.append((p.stage, p.step, p.steps)))
     assert seen == [("sample", step, 2 * MINI.num_steps) for step in range(1, 2 * MINI.num_steps + 1)]
 
 
 @pytest.mark.full
 def test_less_memory_measures_the_same(mini_svd, monkeypatch):
-    expected = measure(mini_svd, embedding(), as_input(moving()))
+    expected = measure(mini_svd, embedding(), from_uint8(moving()))
     monkeypatch.setattr(mini_svd, "device", torch.device("cpu"))
-    found = measure(mini_svd, embedding(), as_input(moving()), memory="low")
+    found = measure(mini_svd, embedding(), from_uint8(moving()), memory="low")
     for name in ("learned", "plain", "clip"):
         values = (tuple(vars(getattr(one, name)).values()) for one in (found, expected))
         assert next(values) == pytest.approx(next(values), abs=0.01)
@@ -227,7 +228,7 @@ def test_results_have_a_rhythm_and_a_constancy_beside_those_of_the_clip(call, mi
     code, out, error = call(score, "m.pt", *MODEL, "still.mp4", "turned")
     assert code == 0, error
     first, second, note = out.splitlines()[-3:]
-    frames = {"clip": as_input(moving()), "turned": as_input(turned)}
+    frames = {"clip": from_uint8(moving()), "turned": from_uint8(turned)}
     constant = {name: constancy(mini_svd.embed(video)) for name, video in frames.items()}
     same = rhythm(*(mini_svd.encode(frames[name][None])[0] for name in ("turned", "clip")))
     assert re.match(rf"result     still.mp4: rhythm .* appearance 1.00 \({constant['clip']:.2f}\)", first), first

@@ -293,27 +293,28 @@ def unconditional(evaluation: Evaluation) -> Result:
 def score(evaluation: Evaluation) -> Result:
     """How much the score of an embedding says of its transfers (minimti.score), as an inversion goes on.
 
-    "right": how often its sentence is the one that the mean error of the targets deserves, by WORKS and FAILS.
-    "opposite": how often it promises a transfer that fails, or denies one that works. The rank correlation is that of
-    the score's figure of motion with this error, negated, over all motions and steps.
+    A motion works where the mean error of its targets is at most WORKS, fails above FAILS, and is doubtful in between.
+    "right": how often the score says the same. "opposite": how often it says "can be expected" of one that fails, or
+    "not to be expected" of one that works. The rank correlation is that of the score's figure of motion with this
+    error, negated, over all motions and steps.
     """
     inversion = evaluation.inversion()
     steps = shares_of(inversion, SCORED)
     rows: Result = {}
-    figures, errors = [], []
+    scores, errors = [], []
     for name, case in evaluation.cases.items():
         clip = evaluation.pixels(render(case.reference))
         for step, motion in zip(steps, evaluation.snapshots(case, inversion, steps)):
             row = rows.setdefault(f"{step} steps", {})
             row.setdefault("error", {})[name] = evaluation.errors(case, motion)
-            figures.append(measure(evaluation.svd, motion, clip).learned.motion)
+            scores.append(measure(evaluation.svd, motion, clip).learned.motion)
             errors.append(float(np.mean(row["error"][name])))
-            said = expectation(figures[-1], *THRESHOLDS["tiny"])
+            said = expectation(scores[-1], *THRESHOLDS["tiny"])
             deserved = expectation(-errors[-1], -WORKS, -FAILS)
-            row.setdefault("motion", {})[name] = [figures[-1]]
+            row.setdefault("motion", {})[name] = [scores[-1]]
             row.setdefault("right", {})[name] = [said == deserved]
             row.setdefault("opposite", {})[name] = [{said, deserved} == {EXPECTED, NOT_EXPECTED}]
-    ranks = [np.argsort(np.argsort(values)).tolist() for values in (figures, -np.array(errors))]
+    ranks = [np.argsort(np.argsort(values)).tolist() for values in (scores, -np.array(errors))]
     return rows | {"motion and error": {"rank correlation": {"all": [correlation(*ranks)]}}}
 
 

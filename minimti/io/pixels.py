@@ -122,6 +122,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8, of any shape -> fp32 in [-1,1] on the same device."""
+    return pixels.float() / 127.5 - 1
+
+
 def strip(clips: Tensor) -> Tensor:
     """Clips [R, F, 3, H, W] in [-1,1] (clamped) -> one picture, uint8 [R H, F W, 3]: a row each, time to the right."""
     rows, frames, channels, height, width = clips.shape

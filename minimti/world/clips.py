@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minimti.config import SVDConfig
 from minimti.io.files import InputError
+from minimti.io.pixels import from_uint8
 from minimti.world.captions import NUM_SLOTS
 from minimti.world.scene import MIN_SIDE, Scene, habit, random_scene, render
 from minimti.world.shapes import SHAPES
@@ -18,7 +19,7 @@ CAMERA_SHARE = 0.3  # captioned scenes whose program may contain camera words
 
 def pixels(frames: np.ndarray) -> Tensor:
     """Images of any shape, uint8 -> fp32 in [-1,1]."""
-    return torch.from_numpy(frames).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(frames))
 
 
 def captioned_scene(rng: np.random.Generator, config: SVDConfig) -> Scene:
