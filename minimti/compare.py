@@ -94,9 +94,8 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
         frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
         return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
-    if (
-        motion.span and source and os.path.exists(source)
-    ):  # with --together it is a list, perhaps longer than a name may be
+    # With --together the source is a list, perhaps longer than a name may be.
+    if motion.span and source and os.path.exists(source):
         start, end = motion.span
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is cut off, which training has said
