@@ -224,9 +224,11 @@ def begin(
         found = {key: saved[key] for key in run.identity}
         if found == run.identity:
             restore(run, saved)
-        require(all(type(value) in (str, int, float) for value in found.values()), "identity")
-        numbers = " ".join(f"--{key} {found[key]}" for key in ("seed", "scale", "lr", "batch"))
-        other = printable(f"{numbers} --stages {found['stages']}", 200)
+        numbers = {key: found[key] for key in ("seed", "scale", "lr", "batch")}
+        require(all(type(value) in (int, float) for value in numbers.values()), "numbers")
+        require(all(type(found[key]) is str for key in ("config", "stages")), "texts")
+        options = " ".join(f"--{key} {value}" for key, value in numbers.items())
+        other = printable(f"{options} --stages {found['stages']}", 200)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{run.path}: not a checkpoint of minimti.pretrain; name another --run") from error
     if found != run.identity:
