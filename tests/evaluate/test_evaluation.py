@@ -144,7 +144,7 @@ def test_embeddings_outlast_the_process(small, random_svd, words, monkeypatch):
 def test_an_inversion_learns_from_as_many_references_as_it_says(small, monkeypatch):
     clips, learn = [], pipeline.learn
     monkeypatch.setattr(pipeline, "learn", lambda svd, c, **kwargs: clips.append(c) or learn(svd, c, **kwargs))
-    drawn, recipe = first_case(small), replace(small.inversion().recipe, steps=3)
+    drawn, recipe = first_case(small), replace(small.inversion().recipe, steps=3, num_cached_views=3)
     for number in (1, 3):
         small.learn(drawn, replace(small.inversion(), recipe=recipe, num_clips=number))
     assert [len(c) for c in clips] == [1, 3]
