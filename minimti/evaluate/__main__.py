@@ -11,7 +11,7 @@ from pathlib import Path
 from minimti import cli
 from minimti.checkpoint.fingerprint import fingerprint
 from minimti.config import DTYPES
-from minimti.evaluate.evaluation import Settings
+from minimti.evaluate.evaluation import NUM_REFERENCES, Settings
 from minimti.evaluate.experiments import EXPERIMENTS
 from minimti.evaluate.results import HEADER, Results
 from minimti.evaluate.tasks import Task, load, run
@@ -31,8 +31,8 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=seed, nargs="+", default=[0], metavar="SEED", help="each draws other motions (default: 0)")
     add("--motions", type=cli.integer(1, 1000), default=Settings.motions, help="per seed (default: %(default)s)")
     add("--targets", type=cli.integer(2, 1000), default=Settings.targets, help="per motion (default: %(default)s)")
-    steps = "steps per inversion (default: the recipe's); the paper's takes twice"
-    add("--steps", type=cli.integer(1, 10**6), help=steps)
+    steps = "steps per inversion (default: the recipe's), one for each clip at least; the paper's takes twice"
+    add("--steps", type=cli.integer(NUM_REFERENCES, 10**6), help=steps)
     out = "for pictures and embeddings of each seed; embeddings that are there are not learned again, so name another"
     add("--out", default="runs/evaluate", metavar="FOLDER", help=f"{out} after a change of code (default: %(default)s)")
     add("--json", metavar="FILE", help="for all numbers; if it exists, experiments that it holds are not run again")

@@ -16,7 +16,7 @@ from minimti.evaluate import __main__
 from minimti.evaluate.results import HEADER
 
 ROOT = Path(__file__).resolve().parents[2]
-FEW = ("--motions", "1", "--targets", "2", "--steps", "2")
+FEW = ("--motions", "1", "--targets", "2", "--steps", "3")
 
 
 @pytest.fixture
