@@ -365,11 +365,8 @@ def judged(
 
     try:
         return describe(svd, motion, clip.frames, args.memory, watch)
-    except (
-        FloatingPointError,
-        InputError,
-        torch.OutOfMemoryError,
-    ) as error:  # the embedding is there, and the next waits
+    except (FloatingPointError, InputError, torch.OutOfMemoryError) as error:
+        # The embedding is there, and the next one waits.
         return f"note       without a score: {str(error).splitlines()[0]}"
     finally:
         bars.close()

@@ -39,17 +39,20 @@ def in_processes(function: Callable, arguments: Sequence[tuple], jobs: int) -> G
             processes.append(context.Process(target=_work, args=(function, theirs, threads), daemon=True))
             processes[-1].start()
             theirs.close()  # so that an end of the process is an end of the connection
-            _send(ours, each)
+            with _end_explained():
+                ours.send(each)
             connections.append(ours)
         while connections:
             with signals.handled(interrupt):
                 ready = wait(connections)
             for ours in [connection for connection in connections if connection in ready]:
-                result = _received(ours)
+                with _end_explained():
+                    result = ours.recv()
                 if isinstance(result, Exception):
                     raise result
                 if (following := next(left, None)) is not None:
-                    _send(ours, following)
+                    with _end_explained():
+                        ours.send(following)
                 else:
                     connections.remove(ours)
                 yield result
@@ -60,18 +63,9 @@ def in_processes(function: Callable, arguments: Sequence[tuple], jobs: int) -> G
             process.join()
 
 
-def _send(connection: Connection, each: tuple) -> None:
-    with _end_explained():
-        connection.send(each)
-
-
-def _received(connection: Connection) -> Any:
-    with _end_explained():
-        return connection.recv()
-
-
 @contextmanager
 def _end_explained() -> Iterator[None]:
+    """The end of the process at the other end of a connection as a ChildProcessError."""
     try:
         yield
     except (EOFError, ConnectionError):
