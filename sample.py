@@ -5,13 +5,10 @@ Without --emb it is plain Stable Video Diffusion: the image's own CLIP embedding
 """
 
 if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
-    import os
-
-    from minimti import signals
+    from minimti import signals, threads
 
     signals.install(signals.end)
-    # Threads that spin while they wait take the time of those they wait for, once a core has other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    threads.wait_briefly()
 
 import argparse
 import json

@@ -6,13 +6,10 @@ On several GPUs, each of which adds other noise in every step:  torchrun --nproc
 """
 
 if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
-    import os
-
-    from minimti import signals
+    from minimti import signals, threads
 
     signals.begin()
-    # Threads that spin while they wait take the time of those they wait for, once a core has other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    threads.wait_briefly()
 
 import argparse
 import os

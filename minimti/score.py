@@ -20,12 +20,11 @@ appearance  similarity of its first frame to the others, beside the same of the 
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from minimti import cli
+from minimti import cli, threads
 from minimti.io.files import InputError
 
 if TYPE_CHECKING:
@@ -220,5 +219,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py sets it
+    threads.wait_briefly()
     cli.run(main)

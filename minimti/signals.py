@@ -62,9 +62,8 @@ def install(handler: Callable[[int, Any], Any]) -> None:
 def begin() -> None:
     """The first call of a program: signals end it with one line, until it has ended by itself."""
     install(end)
-    atexit.register(
-        ignore
-    )  # else one that comes while the interpreter is shut down ends a finished program without one
+    # One that comes while the interpreter is shut down would end a finished program without a line.
+    atexit.register(ignore)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import json
 import os
 import pickle
 import signal
@@ -24,7 +25,7 @@ from PIL import Image
 import minimti
 import sample
 import train
-from minimti import cli, pipeline, signals
+from minimti import cli, pipeline, signals, threads
 from minimti.config import MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
@@ -786,22 +787,30 @@ def test_a_terminal_gets_one_bar(monkeypatch):
     assert sum("encoding" in line for line in screen) == 0 and sum("inversion" in line for line in screen) == 1
 
 
-def test_no_threads_of_the_programs_spin_while_they_wait(work):
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("passive", str(threads.SPINS))),
+        ({"GOMP_SPINCOUNT": "7"}, ("passive", "7")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+    ],
+)
+@pytest.mark.parametrize("program", [None, "train.py", "sample.py", "minimti/score.py"])
+def test_threads_of_the_programs_wait_briefly(program, given, expected):
     """Unless the user has said otherwise; importing the package changes nothing."""
-    show = "import os, runpy, sys; {}; print(os.environ.get('OMP_WAIT_POLICY'))"
-    cases = [("import minimti, minimti.cli, train", None, "None")]
-    for program in ("train.py", "sample.py"):
-        run_it = (
-            f"sys.argv = ['{program}', '--version']\ntry: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
-        )
-        run_it += "\nexcept SystemExit: pass\n"
-        cases += [(run_it, None, "passive"), (run_it, "active", "active")]
-    for code, policy, expected in cases:
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
-        code = show.format(code).replace("\n; ", "\n")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = "import json, os, runpy, sys\n"
+    if program is None:
+        code += "import minimti, minimti.cli, minimti.score, train, sample\n"
+        expected = tuple(given.get(name) for name in names)
+    else:
+        code += "sys.argv[1:] = ['--version']\n"
+        code += f"try: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    # Read where libgomp reads: PyTorch must not have been imported before.
+    code += f"print(json.dumps(['torch' in sys.modules, *(os.environ.get(name) for name in {names})]))"
+    environment = {key: value for key, value in os.environ.items() if key not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, *expected], done.stderr
 
 
 def test_programs_start_where_there_are_only_the_signals_and_modules_of_windows():
