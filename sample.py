@@ -141,7 +141,6 @@ def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
 
     Raises InputError where one would replace another or an input, or cannot be written.
     """
-    from minimti.compare import check_comparison
     from minimti.results import plan
 
     learned = [*args.emb, *([args.swap] if args.swap else [])]
@@ -153,6 +152,8 @@ def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
     for job in jobs if args.attention else []:
         check_target(job.attention, *args.images, *inputs)
     if args.compare:
+        from minimti.compare import check_comparison
+
         check_comparison(jobs[0].path.parent, jobs[0].path.suffix, *args.images, *inputs)
     return jobs
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
 # The paper names the kinds of change; their strengths are ours.
 AREA = (0.7, 1.0)  # share of the picture that a crop keeps
@@ -20,6 +19,7 @@ def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     Every frame gets the same crop, mirroring, contrast, brightness, saturation and hue. `flip` allows mirroring: half
     of the results are then mirrored. It must be off for a motion with a left and a right, such as a camera pan.
     """
+    from torchvision.transforms.v2 import functional as T  # here because it is slow to import
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()

@@ -13,7 +13,7 @@ from minimti import edm
 from minimti.budget import Budget, plan, seconds_of_step
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
-from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
+from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint, read_ahead
 from minimti.config import MODELS, NUM_TOKENS, SCHEDULES, MicroConditioning, SVDConfig, printable
 from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_optimizer, make_recipe, view
@@ -69,14 +69,15 @@ def load(
     device = check_device(device or default_device())
     dtype = dtype or default_dtype(device)
     checkpoint = find(model, device) if isinstance(model, str) else model
+    read_ahead(checkpoint)
     try:
         with torch.device("meta"):
-            svd = SVD(checkpoint.config)
+            svd = SVD(checkpoint.config, with_image_encoder=image_encoder)
     except Exception as error:  # from whichever layer the numbers do not suit
         reason = printable(str(error), 200)
         message = f"{checkpoint.path}: the configuration in its metadata describes no network ({reason})"
         raise InputError(message) from error
-    load_into(svd, checkpoint, device, dtype, vae_dtype, leave_out=() if image_encoder else ("image_encoder",))
+    load_into(svd, checkpoint, device, dtype, vae_dtype)
     svd.device = device
     return svd
 

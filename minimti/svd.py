@@ -50,18 +50,26 @@ class Conditioning:
 class SVD(nn.Module):
     """Stable Video Diffusion. Its networks may be of any precision; inputs and outputs are fp32.
 
-    A network can be parked on the CPU while others need the memory: the methods here fetch it when they use it.
+    A network can be parked on the CPU while others need the memory: the methods here fetch it when they use it. Without
+    its image encoder, a model cannot `embed`.
     """
 
-    def __init__(self, config: SVDConfig):
+    def __init__(self, config: SVDConfig, with_image_encoder: bool = True):
         super().__init__()
         self.config = config
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
-        self.image_encoder = image_encoder.build(config.image_encoder)
+        self.image_encoder = (
+            image_encoder.build(config.image_encoder) if with_image_encoder else _Released("image_encoder")
+        )
         self.budget = Budget()
         self.fetches = 0  # how often a parked network has come back; what was recorded of it is void then
         self.device: torch.device | None = None  # where the networks compute; None: where their weights are, unparked
+
+    @property
+    def has_image_encoder(self) -> bool:
+        """Whether the image encoder is there, be it parked."""
+        return not isinstance(self.image_encoder, _Released)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minimti.checkpoint.key_maps import official_source
+from minimti.checkpoint.find import FOLDER_FILES
+from minimti.checkpoint.key_maps import folder_source, official_source
 from minimti.checkpoint.load import fill, memory_format, sources
 from minimti.config import MODELS, ImageEncoderConfig, SVDConfig, UNetConfig, VAEConfig, to_json
 from minimti.svd import SVD
@@ -92,6 +93,23 @@ def write_official(path: Path, config: SVDConfig = SMALL) -> Path:
     tensors = {name: tensor_of(name, source.shape) for source in wanted.values() for name in source.names}
     save_file(tensors, path, {"config": to_json(config)})
     return path
+
+
+def write_folder(folder: Path, svd: SVD) -> Path:
+    """A model as a diffusers folder, in half precision, with its configuration in the metadata of each file."""
+    state = svd.state_dict()
+    files: dict[str, dict[str, torch.Tensor]] = {part: {} for part in FOLDER_FILES}
+    for key, source in sources(svd, folder_source, svd.config).items():
+        tensor = state[key].half()
+        parts = [tensor.T] if key == "image_encoder.proj" else tensor.chunk(len(source.names))
+        for name, part in zip(source.names, parts):
+            network, name = name.split("/", 1)
+            files[network][name] = part.contiguous()
+    for part, tensors in files.items():
+        path = folder / FOLDER_FILES[part].format(".fp16")
+        path.parent.mkdir(parents=True)
+        save_file(tensors, path, {"config": to_json(svd.config)})
+    return folder
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ OFFICIAL_DROPS = {
     "conditioner.embedders.3.encoder.post_quant_conv.": "belongs to that decoder",
     "first_stage_model.encoder.": "a second copy of the encoder; used only where the conditioner's is missing",
 }
+# Where the tensors of the image encoder are, in the single file and in the diffusers folder.
+OFFICIAL_IMAGE_ENCODER = "conditioner.embedders.0.open_clip.model.visual."
+FOLDER_IMAGE_ENCODER = "image_encoder/"
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,11 @@ def official_source(key: str, shape: tuple[int, ...], config: SVDConfig) -> Sour
     if network == "unet":
         return Source(("model.diffusion_model." + _official_unet(name, config),), shape)
     if network == "image_encoder":
-        return Source(("conditioner.embedders.0.open_clip.model.visual." + name,), shape)
+        return Source((OFFICIAL_IMAGE_ENCODER + name,), shape)
     prefix = "first_stage_model." if name.startswith("decoder.") else "conditioner.embedders.3.encoder."
     official = prefix + _official_vae(name, config)
-    if re.search(
-        r"attn_1\.(q|k|v|proj_out)\.weight", official
-    ):  # a 1x1 convolution there, a linear layer here: [out, in]
+    if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", official):
+        # A 1x1 convolution there, a linear layer [out, in] here.
         return Source((official,), (*shape, 1, 1), lambda weight: weight[:, :, 0, 0])
     return Source((official,), shape)
 
@@ -175,8 +177,9 @@ def folder_source(key: str, shape: tuple[int, ...], config: SVDConfig) -> Source
         return Source((f"{network}/{name}",), shape)
     if name == "proj":
         # A matrix [in, out] here, the weight [out, in] of a linear layer there.
-        return Source(("image_encoder/visual_projection.weight",), shape[::-1], lambda weight: weight.T.contiguous())
-    theirs = "image_encoder/vision_model." + _substitute(name, _IMAGE_ENCODER)
+        theirs = FOLDER_IMAGE_ENCODER + "visual_projection.weight"
+        return Source((theirs,), shape[::-1], lambda weight: weight.T.contiguous())
+    theirs = FOLDER_IMAGE_ENCODER + "vision_model." + _substitute(name, _IMAGE_ENCODER)
     if "{}" in theirs:  # open_clip has one matrix [3 width, width] for queries, keys and values
         names = tuple(theirs.format(part) for part in "qkv")
         return Source(names, (shape[0] // 3, *shape[1:]), lambda *parts: torch.cat(parts))

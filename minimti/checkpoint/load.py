@@ -4,9 +4,11 @@ Every tensor of a file is used or is listed in OFFICIAL_DROPS; a missing, unknow
 that names it. The caller builds the module, on the meta device, so no weight is initialised before it is replaced.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minimti.checkpoint.find import folder_paths, locate, revision_of
-from minimti.checkpoint.key_maps import OFFICIAL_DROPS, Source, folder_source, official_source
+from minimti.checkpoint.key_maps import (
+    FOLDER_IMAGE_ENCODER,
+    OFFICIAL_DROPS,
+    OFFICIAL_IMAGE_ENCODER,
+    Source,
+    folder_source,
+    official_source,
+)
 from minimti.config import SVDConfig, from_json, printable
 from minimti.io.files import InputError, require_file
 
@@ -160,35 +169,50 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(path, config, tensors)
 
 
+def read_ahead(checkpoint: Checkpoint) -> None:
+    """Begins to read all weights into the system's file cache, in the background.
+
+    `load_into` reads tensor by tensor through a mapping, for which a cold disk is slow. Reading from the first byte to
+    the last, while modules are imported and tensors copied, brings a cold start close to a warm one.
+    """
+    paths = set(checkpoint.tensors.paths.values())
+
+    def read() -> None:
+        chunk = bytearray(2**23)
+        for path in paths:
+            with suppress(OSError), open(path, "rb", buffering=0) as file:  # load_into reports what cannot be read
+                while file.readinto(chunk):
+                    pass
+
+    Thread(target=read, daemon=True).start()
+
+
 def load_into(
     svd: "SVD",
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
-    leave_out: Sequence[str] = (),
 ) -> None:
     """Fills an SVD that is on the meta device, and leaves it frozen, in evaluation mode, on `device`.
 
-    UNet and image encoder get `dtype`, the VAE gets `vae_dtype`; networks in `leave_out` are released unread. Raises
-    InputError where the files do not hold exactly the tensors of the model, these networks included.
+    UNet and image encoder get `dtype`, the VAE gets `vae_dtype`. Raises InputError where the files do not hold exactly
+    the tensors of the model; the image encoder's do not matter where the model has none.
     """
     path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.tensors
     made: dict[str, Tensor] = {}
-    drops: Iterable[str] = ()
     if path.is_dir():
-        needed = sources(svd, folder_source, config)
+        needed, drops, unused = sources(svd, folder_source, config), [], FOLDER_IMAGE_ENCODER
     else:
-        needed, drops = sources(svd, official_source, config), OFFICIAL_DROPS
+        needed, drops, unused = sources(svd, official_source, config), [*OFFICIAL_DROPS], OFFICIAL_IMAGE_ENCODER
         if not any(name.startswith("conditioner.embedders.3.encoder.encoder.") for name in tensors.shapes):
             needed, made = _without_conditioner(needed, config)
+    if not svd.has_image_encoder:
+        drops.append(unused)
     check(needed, tensors.shapes, drops, str(path))
     for name in {name for source in needed.values() for name in source.names}:
         if tensors.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
             raise InputError(f"{path}: {name} holds no weights but {tensors.dtypes[name]}")
-    for network in leave_out:
-        svd.release(network)
-    needed = {key: source for key, source in needed.items() if key.partition(".")[0] not in leave_out}
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(needed.items(), tensors.read(s.names for s in needed.values())):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
 from minimti.config import FITS, MAX_PIXELS, MAX_SIDE, SVDConfig
 from minimti.io.files import InputError
@@ -104,7 +104,7 @@ def fit(frames: Tensor, size: tuple[int, int], placement: Placement | None = Non
     for index, frame in enumerate(frames[..., top:bottom, left:right]):
         for channel, plane in enumerate(frame):
             pixels = plane.float().contiguous()[None, None]  # [1, 1, h, w]
-            resized = T.resize(pixels, [y1 - y0, x1 - x0], interpolation=T.InterpolationMode.BICUBIC, antialias=True)
+            resized = F.interpolate(pixels, (y1 - y0, x1 - x0), mode="bicubic", antialias=True)
             fitted[index, channel, y0:y1, x0:x1] = resized[0, 0].clamp(0, 255) / 127.5 - 1
     return fitted
 

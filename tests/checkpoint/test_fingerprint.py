@@ -4,14 +4,11 @@ import time
 
 import pytest
 import torch
-from official import SMALL, fill_by_name, write_official
-from safetensors.torch import save_file
+from official import SMALL, fill_by_name, write_folder, write_official
 from torch import nn
 
-from minimti.checkpoint.find import FOLDER_FILES
 from minimti.checkpoint.fingerprint import TOLERANCE, differs, fingerprint
-from minimti.checkpoint.key_maps import folder_source
-from minimti.checkpoint.load import load_into, open_checkpoint, sources
+from minimti.checkpoint.load import load_into, open_checkpoint
 from minimti.config import MODELS
 from minimti.networks.unet import UNet
 from minimti.svd import SVD
@@ -65,21 +62,8 @@ def test_precision_makes_no_difference(tmp_path, model, dtype):
 
 
 def test_both_file_layouts_give_the_same(tmp_path):
-    """The folder holds the tensors of the single file, in half precision."""
     single = loaded(write_official(tmp_path / "svd.safetensors"))
-    files = {part: {} for part in FOLDER_FILES}
-    state = single.state_dict()
-    for key, source in sources(single, folder_source, SMALL).items():
-        tensor = state[key].half()
-        parts = [tensor.T] if key == "image_encoder.proj" else tensor.chunk(len(source.names))
-        for name, part in zip(source.names, parts):
-            folder, name = name.split("/", 1)
-            files[folder][name] = part.contiguous()
-    for part, tensors in files.items():
-        path = tmp_path / "folder" / FOLDER_FILES[part].format(".fp16")
-        path.parent.mkdir(parents=True)
-        save_file(tensors, path, open_checkpoint(str(tmp_path / "svd.safetensors")).tensors.metadata)
-    folder = loaded(tmp_path / "folder")
+    folder = loaded(write_folder(tmp_path / "folder", single))
     assert not differs(fingerprint(single.unet), fingerprint(folder.unet))
     assert fingerprint(single.half().unet) == fingerprint(folder.half().unet)
 
