@@ -16,9 +16,10 @@ from minimti.motion import Motion, initialise
 from minimti.networks.graph import Graphed
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
-from minimti.pretrain.run import Gradients, begin
+from minimti.pretrain.run import Gradients
 from minimti.pretrain.run import generator as rng
 from minimti.pretrain.stages import STAGES, draw_clips, encode_clips
+from minimti.pretrain.state import begin
 from minimti.ranks import Ranks
 from minimti.svd import SVD, Conditioning
 

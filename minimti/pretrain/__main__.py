@@ -7,7 +7,8 @@ from pathlib import Path
 from minimti import cli, pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.config import MODELS
-from minimti.pretrain.run import DEFAULT, pretrain, with_batch
+from minimti.pretrain.run import pretrain
+from minimti.pretrain.state import DEFAULT, with_batch
 
 NAMES = [stage.name for stage in DEFAULT.stages]
 

@@ -10,8 +10,9 @@ from hostile import fuzz, mutated, with_odd_parts
 from official import SMALLER
 from small_runs import SHORT
 
-from minimti.pretrain.run import begin, train
+from minimti.pretrain.run import train
 from minimti.pretrain.stages import Stage
+from minimti.pretrain.state import begin
 
 pytestmark = pytest.mark.fuzz
 

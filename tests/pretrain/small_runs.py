@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from minimti.pretrain.run import DEFAULT
+from minimti.pretrain.state import DEFAULT
 
 FEW = 1e-6  # scale: two steps of each stage, one chunk of each kind of clips
 SHORT = replace(

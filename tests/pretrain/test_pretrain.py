@@ -20,8 +20,9 @@ from minimti.config import MODELS
 from minimti.io.files import InputError
 from minimti.pretrain import __main__ as command
 from minimti.pretrain.card import Record, card
-from minimti.pretrain.run import DEFAULT, Run, begin, pretrain
+from minimti.pretrain.run import pretrain
 from minimti.pretrain.stages import STAGES, PretrainModel
+from minimti.pretrain.state import DEFAULT, Run, begin
 from minimti.svd import SVD
 from minimti.world import captions
 from minimti.world.clips import check_sizes

@@ -17,18 +17,9 @@ from small_runs import FEW, SHORT
 
 from minimti.io.files import InputError
 from minimti.pretrain.card import Record, rows
-from minimti.pretrain.run import (
-    DEFAULT,
-    Run,
-    begin,
-    encoded_clips,
-    held_out,
-    learning_rate,
-    pretrain,
-    restore,
-    train,
-)
+from minimti.pretrain.run import encoded_clips, held_out, learning_rate, pretrain, train
 from minimti.pretrain.stages import STAGES, Stage
+from minimti.pretrain.state import DEFAULT, Run, begin, restore
 from minimti.world.clips import first_frame, pixels
 from minimti.world.scene import render
 
