@@ -128,18 +128,23 @@ class Motion:
         return motion
 
 
-def initialise(frame_embeddings: Tensor, num_tokens: int, generator: torch.Generator, *, shared_start: bool) -> Tensor:
-    """CLIP embeddings of the frames [F, d] -> tokens [F + 1, N, d].
+def frames_start(frame_embeddings: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """CLIP embeddings of the frames [F, d] -> tokens [F + 1, N, d], the start of B.2.
 
-    As in B.2 each frame's embedding is repeated N times, the mean serves as the temporal set, and every element gets
-    noise of deviation INIT_NOISE. With `shared_start` all sets are equal: the mean embedding, N times, with one noise.
+    Each frame's embedding is repeated N times, the mean serves as the temporal set, and every element gets noise of
+    deviation INIT_NOISE.
     """
-    sets = frame_embeddings.mean(dim=0, keepdim=True)  # [1, d]
-    if not shared_start:
-        sets = torch.cat([frame_embeddings, sets])  # [F + 1, d]
-    tokens = sets[:, None].repeat(1, num_tokens, 1)  # [1 or F + 1, N, d]
-    tokens += INIT_NOISE * torch.randn(tokens.shape, generator=generator).to(tokens)
-    return tokens.repeat(len(frame_embeddings) + 1, 1, 1) if shared_start else tokens
+    sets = torch.cat([frame_embeddings, frame_embeddings.mean(dim=0, keepdim=True)])  # [F + 1, d]
+    tokens = sets[:, None].repeat(1, num_tokens, 1)  # [F + 1, N, d]
+    return tokens + INIT_NOISE * torch.randn(tokens.shape, generator=generator).to(tokens)
+
+
+def zero_start(num_sets: int, num_tokens: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Tokens [num_sets, N, d] on the CPU, all sets alike: zeros with noise of deviation INIT_NOISE.
+
+    Zeros stand for "no condition" in guidance. They hold nothing of how the clip looks, which would stay in the tokens.
+    """
+    return (INIT_NOISE * torch.randn(1, num_tokens, dim, generator=generator)).repeat(num_sets, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------- what a file may hold

@@ -20,7 +20,7 @@ from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_opt
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip
-from minimti.motion import Motion, initialise
+from minimti.motion import Motion, frames_start, zero_start
 from minimti.networks.attention import SpatioTemporalTransformer
 from minimti.networks.recompute import compile_parts
 from minimti.networks.unet import UNet
@@ -205,11 +205,14 @@ def learn(
     num_frames, size = clips.shape[1], (clips.shape[-1], clips.shape[-2])
     svd.use(make_budget(svd, num_frames, size, memory, training=True))
     if resume is None:
-        with torch.no_grad():
-            embeddings = torch.stack([svd.embed(frames.to(svd.device)) for frames in clips]).mean(0)  # [F, d]
         generator = torch.Generator().manual_seed(seed)
-        tokens = initialise(embeddings, num_tokens, generator, shared_start=recipe.shared_start)
-        tokens = tokens[-1:].clone() if shared else tokens  # the temporal set starts from the mean in every recipe
+        if recipe.shared_start:
+            tokens = zero_start(num_frames + 1, num_tokens, svd.config.unet.context_dim, generator).to(svd.device)
+        else:
+            with torch.no_grad():
+                embeddings = torch.stack([svd.embed(frames.to(svd.device)) for frames in clips]).mean(0)  # [F, d]
+            tokens = frames_start(embeddings, num_tokens, generator)
+        tokens = tokens[-1:].clone() if shared else tokens  # in the paper's recipe the mean over the frames
     else:
         tokens = resume.tokens.to(svd.device, copy=True)
     svd.park("image_encoder")

@@ -32,7 +32,7 @@ from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
 from minimti.io.write import write_clip
-from minimti.motion import Motion, initialise
+from minimti.motion import Motion, frames_start
 from minimti.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,7 +288,7 @@ def test_tokens_begin_from_the_frames_that_were_named(work, call):
         embeddings = svd.embed(read_clip("ref.mp4", SMALL, stride=3).frames)
     assert call("train.py", "ref.mp4", *SMALL_FILE, "--steps", "0", "--out", "zero.pt", "--stride", "3")[0] == 0
     tokens = Motion.load("zero.pt").tokens
-    expected = initialise(embeddings, 5, torch.Generator().manual_seed(0), shared_start=False)
+    expected = frames_start(embeddings, 5, torch.Generator().manual_seed(0))
     assert tokens.shape == (5, 5, 48) and torch.allclose(tokens, expected, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from minimti import motion as module
 from minimti.config import MODELS
 from minimti.io.files import InputError
 from minimti.io.video import Clip
-from minimti.motion import Motion, initialise
+from minimti.motion import Motion, frames_start, zero_start
 from minimti.pipeline import learn
 
 F, N, D = SMALL.num_frames, 5, SMALL.unet.context_dim
@@ -30,7 +30,7 @@ def make(sets: int = F + 1) -> Motion:
 
 def test_the_papers_start_is_each_frames_own_embedding():
     embeddings = 10 * torch.randn(14, 16384)  # wide enough to estimate the noise of a single set closely
-    tokens = initialise(embeddings, 5, torch.Generator().manual_seed(0), shared_start=False)
+    tokens = frames_start(embeddings, 5, torch.Generator().manual_seed(0))
     assert tokens.shape == (15, 5, 16384)
     noise = tokens - torch.cat([embeddings, embeddings.mean(0, keepdim=True)])[:, None]
     assert noise.std(dim=(1, 2)).tolist() == pytest.approx([0.1] * 15, rel=0.02) and noise.mean().abs() < 1e-3
@@ -38,20 +38,19 @@ def test_the_papers_start_is_each_frames_own_embedding():
     assert not torch.equal(tokens[0, 0], tokens[0, 1])  # equal tokens would stay equal for ever
 
 
-def test_the_shared_start_is_the_mean_embedding_in_every_set():
-    embeddings = 10 * torch.randn(14, 16384)
-    tokens = initialise(embeddings, 5, torch.Generator().manual_seed(0), shared_start=True)
+def test_the_start_at_zero_is_noise_alone_and_the_same_in_every_set():
+    tokens = zero_start(15, 5, 16384, torch.Generator().manual_seed(0))
     assert tokens.shape == (15, 5, 16384) and all(torch.equal(tokens[0], other) for other in tokens[1:])
-    noise = tokens[0] - embeddings.mean(0)
-    assert noise.std().item() == pytest.approx(0.1, rel=0.02) and not torch.equal(tokens[0, 0], tokens[0, 1])
+    assert tokens[0].std().item() == pytest.approx(0.1, rel=0.02) and abs(tokens.mean()) < 1e-3
+    assert not torch.equal(tokens[0, 0], tokens[0, 1])
 
 
-@pytest.mark.parametrize("shared_start", [False, True])
-def test_the_noise_of_a_start_is_that_of_its_generator(shared_start):
-    generator, again = (torch.Generator().manual_seed(3) for _ in range(2))
-    tokens = initialise(torch.zeros(F, D), N, generator, shared_start=shared_start)
-    noise = torch.randn(1 if shared_start else F + 1, N, D, generator=again)
-    assert torch.equal(tokens, (0.1 * noise).expand(F + 1, -1, -1))
+def test_the_noise_of_a_start_is_that_of_its_generator():
+    start, again = (torch.Generator().manual_seed(3) for _ in range(2))
+    tokens = frames_start(torch.zeros(F, D), N, start)
+    assert torch.equal(tokens, 0.1 * torch.randn(F + 1, N, D, generator=again))
+    tokens = zero_start(F + 1, N, D, start)
+    assert torch.equal(tokens, (0.1 * torch.randn(1, N, D, generator=again)).expand(F + 1, -1, -1))
 
 
 def test_set_f_is_that_of_frame_f():

@@ -12,7 +12,7 @@ from official import MINI, SMALLER, fill_by_name
 
 from minimti.budget import budget_of
 from minimti.invert import invert, make_recipe
-from minimti.motion import Motion, initialise
+from minimti.motion import Motion, frames_start
 from minimti.networks.graph import Graphed
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
@@ -90,9 +90,7 @@ def learned(svd: SVD, steps: int = 4, name: str = "paper", dtype: torch.dtype = 
     cell = 2 ** (len(MINI.vae.ch_mult) - 1)
     shape = (1, frames, MINI.vae.z_channels, height // cell, width // cell)
     x0, concat = (torch.randn(shape, generator=generator).cuda() for _ in range(2))
-    tokens = initialise(
-        torch.randn(frames, MINI.unet.context_dim, generator=generator).cuda(), 3, generator, shared_start=False
-    )
+    tokens = frames_start(torch.randn(frames, MINI.unet.context_dim, generator=generator).cuda(), 3, generator)
     motion = Motion(tokens, frames, "mini", MINI.micro, MINI.size, 0, 0, {})
     cond = Conditioning(concat, torch.tensor([[6.0, 127.0, 0.02]], device="cuda"), *motion.sets)
     svd.unet.to(dtype)

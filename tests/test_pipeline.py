@@ -22,7 +22,7 @@ from minimti.config import MEMORY_MODES, MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
 from minimti.io.video import Clip
-from minimti.motion import initialise
+from minimti.motion import frames_start, zero_start
 from minimti.pipeline import Progress, animate, learn
 from minimti.svd import SVD
 
@@ -144,11 +144,13 @@ def test_learning_gives_an_embedding_that_names_how_it_was_made(svd, clip, motio
 
 
 @pytest.mark.parametrize("name", ["paper", "muon"])
-def test_tokens_start_from_the_embeddings_of_the_frames(svd, clip, name):
-    with torch.no_grad():
-        embeddings = svd.embed(clip.frames)
+def test_tokens_start_from_the_embeddings_of_the_frames_or_from_zero(svd, clip, name):
     generator = torch.Generator().manual_seed(4)
-    expected = initialise(embeddings, 5, generator, shared_start=name == "muon")
+    if name == "paper":
+        with torch.no_grad():
+            expected = frames_start(svd.embed(clip.frames), 5, generator)
+    else:
+        expected = zero_start(F + 1, 5, MINI.unet.context_dim, generator)
     motion = learn(svd, clip, recipe=name, steps=0, seed=4)
     assert motion.steps == 0 and torch.equal(motion.tokens, expected)
     shared = learn(svd, clip, recipe=name, steps=0, seed=4, shared=True)
@@ -194,7 +196,7 @@ def test_several_clips_start_from_the_mean_of_their_embeddings(svd, clip):
     other = replace(clip, frames=-clip.frames, fps=5.0)
     with torch.no_grad():
         embeddings = (svd.embed(clip.frames) + svd.embed(other.frames)) / 2
-    expected = initialise(embeddings, 5, torch.Generator().manual_seed(0), shared_start=False)
+    expected = frames_start(embeddings, 5, torch.Generator().manual_seed(0))
     motion = learn(svd, [clip, other], recipe="paper", steps=0)
     assert torch.allclose(motion.tokens, expected, atol=1e-6) and motion.fps == clip.fps
     assert torch.equal(
