@@ -17,20 +17,28 @@ LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
 BT2020_TO_BT709 = np.array(  # linear light: ITU-R BT.2087
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
+P3_TO_BT709 = np.array(  # linear light, from the primaries of SMPTE RP 431-2 with the white of BT.709 (Display P3)
+    [[1.2249, -0.2249, 0], [-0.0421, 1.0421, 0], [-0.0196, -0.0786, 1.0983]], np.float32
+)
+WIDER: dict[int, NDArray[np.float32]] = {ColorPrimaries.BT2020: BT2020_TO_BT709, ColorPrimaries.SMPTE432: P3_TO_BT709}
+HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ, HLG
 
 
 def to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
     """A frame as uint8 [H, W, 3], as stored (not turned).
 
-    HDR (PQ, HLG) is tone-mapped to BT.709: diffuse white becomes white, and what is brighter keeps its hue. Alpha is
-    laid over white, as for images. Without tags, video of 720 lines or more is BT.709.
+    HDR (PQ, HLG) is tone-mapped to BT.709: diffuse white becomes white, and what is brighter keeps its hue. The wider
+    colours of Display P3 and BT.2020 become those of BT.709. Alpha is laid over white, as for images. Without tags,
+    video of 720 lines or more is BT.709.
     """
     untagged = frame.colorspace == UNSPECIFIED and frame.height >= HD_LINES
     matrix = Colorspace.ITU709 if untagged else None  # None: as the file says
-    if frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):
-        return _in_bands(frame.to_ndarray(format="rgb48le", src_colorspace=matrix), _tone_map(frame))
+    if frame.color_trc in HDR:
+        return _in_bands(frame.to_ndarray(format="rgb48le", src_colorspace=matrix), _to_srgb(frame))
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
         return _in_bands(frame.to_ndarray(format="rgba", src_colorspace=matrix), _over_white)
+    if frame.color_primaries in WIDER:
+        return _in_bands(frame.to_ndarray(format="rgb48le", src_colorspace=matrix), _to_srgb(frame))
     return frame.to_ndarray(format="rgb24", src_colorspace=matrix).astype(np.uint8, copy=False)
 
 
@@ -51,19 +59,26 @@ def _over_white(rgba: NDArray[np.uint8]) -> NDArray:
     return (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
 
 
-def _tone_map(frame: av.VideoFrame) -> Callable[[NDArray[np.uint16]], NDArray[np.uint8]]:
+def _to_srgb(frame: av.VideoFrame) -> Callable[[NDArray[np.uint16]], NDArray[np.uint8]]:
     """uint16 [h, W, 3] of a frame's transfer function and primaries -> uint8 sRGB."""
     signal = np.arange(2**16, dtype=np.float64) / (2**16 - 1)
     is_hlg = frame.color_trc == ColorTrc.ARIB_STD_B67
-    light = (_hlg_scene(signal) if is_hlg else _pq_nits(signal) / WHITE).astype(np.float32)  # for every signal
-    wide = frame.color_primaries in (ColorPrimaries.BT2020, UNSPECIFIED)
+    if is_hlg:
+        light = _hlg_scene(signal)
+    elif frame.color_trc in HDR:
+        light = _pq_nits(signal) / WHITE
+    else:  # the curve of BT.709 is close to that of sRGB, and the same curve leads back
+        light = np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+    light = light.astype(np.float32)  # for every signal
+    untagged = frame.color_trc in HDR and frame.color_primaries == UNSPECIFIED  # HDR is BT.2020
+    matrix = BT2020_TO_BT709 if untagged else WIDER.get(frame.color_primaries)
 
     def convert(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
         linear = light[pixels]  # [h, W, 3]
         if is_hlg:  # the OOTF, with the gamma of a screen of HLG_PEAK nits
             linear = linear * ((linear @ LUMA_2020)[..., None] ** np.float32(0.2)) * np.float32(HLG_PEAK / WHITE)
-        if wide:
-            linear = linear @ BT2020_TO_BT709.T
+        if matrix is not None:
+            linear = linear @ matrix.T
         linear = np.maximum(linear, 0)
         linear /= np.maximum(linear.max(axis=-1, keepdims=True), 1)
         encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** np.float32(1 / 2.4) - 0.055)

@@ -32,7 +32,7 @@ def test_what_is_brighter_than_white_keeps_its_hue():
     linear = np.array([[[4.0, 1.0, 0.0]]])
     signal = np.round(65535 * _pq(linear * 203)).astype(np.uint16)
     frame = grey(0, color_trc=16, color_primaries=1, colorspace=1)
-    red, green, blue = colour._tone_map(frame)(signal)[0, 0]
+    red, green, blue = colour._to_srgb(frame)(signal)[0, 0]
     assert (red, blue) == (255, 0) and abs(int(green) - 137) <= 1  # a quarter of the light of red
 
 
@@ -40,6 +40,19 @@ def _pq(nits: np.ndarray) -> np.ndarray:
     m1, m2, c1, c2, c3 = 0.1593017578125, 78.84375, 0.8359375, 18.8515625, 18.6875
     power = (nits / 10_000) ** m1
     return ((c1 + c2 * power) / (1 + c3 * power)) ** m2
+
+
+@pytest.mark.parametrize(
+    "primaries, red, blue",
+    [(1, (200, 40, 40), (50, 70, 210)), (12, (184, 56, 49), (54, 69, 202)), (9, (164, 69, 49), (74, 73, 201))],
+)
+def test_wider_primaries_become_those_of_a_screen(primaries, red, blue):
+    """BT.709, Display P3 (screen recordings of a Mac) and BT.2020. A red beyond BT.709 becomes its purest red."""
+    pixels = np.array([[red, blue, (128, 128, 128), (255, 0, 0)]], np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    frame.color_primaries = primaries
+    expected = [(200, 40, 40), (50, 70, 210), (128, 128, 128), (255, 0, 0)]
+    assert np.abs(colour.to_rgb(frame)[0, ::4].astype(int) - expected).max() <= 2
 
 
 def test_alpha_is_laid_over_white():
