@@ -33,7 +33,7 @@ class Recipe:
     """How tokens are optimised. `make_recipe` has the two that are named."""
 
     optimizer: str  # "adam", or "muon" (muon.SharedMuon)
-    shared_start: bool  # all token sets start alike, near zero (motion.zero_start), not from their frames' embeddings
+    shared_start: bool  # all token sets start alike, from zeros and noise (motion.zero_start), not from their frames
     spread_sigmas: bool  # noise levels are evenly spread over the steps, not drawn independently
     steps: int
     lr: float

@@ -142,7 +142,8 @@ def frames_start(frame_embeddings: Tensor, num_tokens: int, generator: torch.Gen
 def zero_start(num_sets: int, num_tokens: int, dim: int, generator: torch.Generator) -> Tensor:
     """Tokens [num_sets, N, d] on the CPU, all sets alike: zeros with noise of deviation INIT_NOISE.
 
-    Zeros stand for "no condition" in guidance. They hold nothing of how the clip looks, which would stay in the tokens.
+    Zeros stand for "no condition" in guidance. The frames' embeddings also hold how the clip looks, and some of that
+    stays in the tokens.
     """
     return (INIT_NOISE * torch.randn(1, num_tokens, dim, generator=generator)).repeat(num_sets, 1, 1)
 

@@ -13,7 +13,7 @@ from minimti import edm
 from minimti.budget import Budget, plan, seconds_of_step
 from minimti.checkpoint.find import automatic
 from minimti.checkpoint.fingerprint import differs, fingerprint
-from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint, read_ahead
+from minimti.checkpoint.load import Checkpoint, load_into, open_checkpoint
 from minimti.config import MODELS, NUM_TOKENS, SCHEDULES, MicroConditioning, SVDConfig, printable
 from minimti.hardware import available_memory, default_device
 from minimti.invert import Recipe, State, TokenOptimizer, View, invert, make_optimizer, make_recipe, view
@@ -69,7 +69,6 @@ def load(
     device = check_device(device or default_device())
     dtype = dtype or default_dtype(device)
     checkpoint = find(model, device) if isinstance(model, str) else model
-    read_ahead(checkpoint)
     try:
         with torch.device("meta"):
             svd = SVD(checkpoint.config, with_image_encoder=image_encoder)
@@ -212,7 +211,7 @@ def learn(
             with torch.no_grad():
                 embeddings = torch.stack([svd.embed(frames.to(svd.device)) for frames in clips]).mean(0)  # [F, d]
             tokens = frames_start(embeddings, num_tokens, generator)
-        tokens = tokens[-1:].clone() if shared else tokens  # in the paper's recipe the mean over the frames
+        tokens = tokens[-1:].clone() if shared else tokens  # the temporal set
     else:
         tokens = resume.tokens.to(svd.device, copy=True)
     svd.park("image_encoder")

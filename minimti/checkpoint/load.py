@@ -1,14 +1,13 @@
 """Reads official weight files and fills a module with them, strictly.
 
 Every tensor of a file is used or is listed in OFFICIAL_DROPS; a missing, unknown or differently shaped one is an error
-that names it. The caller builds the module, on the meta device, so no weight is initialised before it is replaced.
+that names it. Those of the image encoder are passed over where the model has none. The caller builds the module, on the
+meta device, so no weight is initialised before it is replaced.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -169,24 +168,6 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(path, config, tensors)
 
 
-def read_ahead(checkpoint: Checkpoint) -> None:
-    """Begins to read all weights into the system's file cache, in the background.
-
-    `load_into` reads tensor by tensor through a mapping, for which a cold disk is slow. Reading from the first byte to
-    the last, while modules are imported and tensors copied, brings a cold start close to a warm one.
-    """
-    paths = set(checkpoint.tensors.paths.values())
-
-    def read() -> None:
-        chunk = bytearray(2**23)
-        for path in paths:
-            with suppress(OSError), open(path, "rb", buffering=0) as file:  # load_into reports what cannot be read
-                while file.readinto(chunk):
-                    pass
-
-    Thread(target=read, daemon=True).start()
-
-
 def load_into(
     svd: "SVD",
     checkpoint: Checkpoint,
@@ -197,7 +178,7 @@ def load_into(
     """Fills an SVD that is on the meta device, and leaves it frozen, in evaluation mode, on `device`.
 
     UNet and image encoder get `dtype`, the VAE gets `vae_dtype`. Raises InputError where the files do not hold exactly
-    the tensors of the model; the image encoder's do not matter where the model has none.
+    the tensors of the model; of the image encoder only where the model has one (its file in a folder is needed anyway).
     """
     path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.tensors
     made: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """SVD's image encoder: the image tower of CLIP (ViT-H/14), and the preprocessing of the official code.
 
 The UNet, the VAE and the sampler of minimti are written from scratch. The image tower is not: `build` returns
-open_clip's own class. Its embedding of an image is the token of plain image-to-video, and where motion-textual
+open_clip's own class. Its embedding of an image is the token of plain image-to-video, and where the paper's
 inversion starts from.
 """
 

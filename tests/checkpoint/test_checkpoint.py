@@ -16,12 +16,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from official import SMALL, tensor_of, write_folder, write_official
+from official import SMALL, tensor_of, write_official
 from safetensors.torch import load_file, save_file
 
 from minimti import pipeline
 from minimti.checkpoint import find
-from minimti.checkpoint import load as loading
 from minimti.checkpoint.key_maps import OFFICIAL_DROPS, folder_source, official_source
 from minimti.checkpoint.load import check, open_checkpoint, sources
 from minimti.config import MODELS, to_json
@@ -97,36 +96,6 @@ def test_precision_and_frozenness(small):
     for network, dtype in ((svd.unet, torch.bfloat16), (svd.image_encoder, torch.bfloat16), (svd.vae, torch.float32)):
         assert {p.dtype for p in network.parameters()} == {dtype}
     assert not any(p.requires_grad for p in svd.parameters()) and not svd.training
-
-
-def test_weights_are_read_ahead_from_the_first_byte_to_the_last(small, tmp_path, monkeypatch):
-    paths, sizes = (small, write_folder(tmp_path / "folder", load(small))), {}
-    checkpoints = [open_checkpoint(str(path)) for path in paths]
-
-    class Counted:
-        def __init__(self, path, *args, **options):
-            self.path, self.file = path, open(path, *args, **options)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def readinto(self, chunk):
-            count = self.file.readinto(chunk)
-            sizes[self.path] = sizes.get(self.path, 0) + count
-            return count
-
-    monkeypatch.setattr(loading, "open", Counted, raising=False)
-    monkeypatch.setattr(loading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
-    for checkpoint in checkpoints:
-        sizes.clear()
-        loading.read_ahead(checkpoint)
-        assert sizes == {path: path.stat().st_size for path in checkpoint.tensors.paths.values()}
-    for path in sizes:
-        path.unlink()
-    loading.read_ahead(checkpoint)  # that a file has gone is for the loading itself to say
 
 
 def test_leftovers_of_training_are_dropped_on_purpose(small, tmp_path):
