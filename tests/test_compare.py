@@ -125,7 +125,7 @@ function probe(count) {
   if (count < 60) {
     if (time > 0.3 && time < SECONDS - 0.2) {
       found.playing.push(frames());
-      found.paused += videos.filter((video) => video.paused && time < video.duration).length;
+      found.paused += videos.filter((video) => video.paused && !video.ended).length;
     }
     return setTimeout(probe, 50, count + 1);
   }
