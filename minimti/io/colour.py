@@ -1,6 +1,7 @@
 """Colours of decoded frames: whatever a file holds becomes the 8-bit RGB of a screen."""
 
 from collections.abc import Callable
+from functools import cache
 
 import av
 import numpy as np
@@ -59,23 +60,28 @@ def _over_white(rgba: NDArray[np.uint8]) -> NDArray:
     return (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
 
 
-def _to_srgb(frame: av.VideoFrame) -> Callable[[NDArray[np.uint16]], NDArray[np.uint8]]:
-    """uint16 [h, W, 3] of a frame's transfer function and primaries -> uint8 sRGB."""
+@cache
+def _light(transfer: int) -> NDArray[np.float32]:
+    """The linear light of every 16-bit signal, [65536]: 1 is white, for HLG that of the scene."""
     signal = np.arange(2**16, dtype=np.float64) / (2**16 - 1)
-    is_hlg = frame.color_trc == ColorTrc.ARIB_STD_B67
-    if is_hlg:
+    if transfer == ColorTrc.ARIB_STD_B67:
         light = _hlg_scene(signal)
-    elif frame.color_trc in HDR:
+    elif transfer == ColorTrc.SMPTE2084:
         light = _pq_nits(signal) / WHITE
     else:  # the curve of BT.709 is close to that of sRGB, and the same curve leads back
         light = np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
-    light = light.astype(np.float32)  # for every signal
+    return light.astype(np.float32)
+
+
+def _to_srgb(frame: av.VideoFrame) -> Callable[[NDArray[np.uint16]], NDArray[np.uint8]]:
+    """uint16 [h, W, 3] of a frame's transfer function and primaries -> uint8 sRGB."""
+    light = _light(frame.color_trc)
     untagged = frame.color_trc in HDR and frame.color_primaries == UNSPECIFIED  # HDR is BT.2020
     matrix = BT2020_TO_BT709 if untagged else WIDER.get(frame.color_primaries)
 
     def convert(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
         linear = light[pixels]  # [h, W, 3]
-        if is_hlg:  # the OOTF, with the gamma of a screen of HLG_PEAK nits
+        if frame.color_trc == ColorTrc.ARIB_STD_B67:  # the OOTF, with the gamma of a screen of HLG_PEAK nits
             linear = linear * ((linear @ LUMA_2020)[..., None] ** np.float32(0.2)) * np.float32(HLG_PEAK / WHITE)
         if matrix is not None:
             linear = linear @ matrix.T

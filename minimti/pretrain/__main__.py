@@ -8,7 +8,7 @@ from minimti import cli, pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.config import MODELS
 from minimti.pretrain.run import pretrain
-from minimti.pretrain.state import DEFAULT, with_batch
+from minimti.pretrain.state import DEFAULT, begin, with_batch
 
 NAMES = [stage.name for stage in DEFAULT.stages]
 
@@ -50,7 +50,7 @@ def main() -> None:
     device = pipeline.check_device(args.device)
     settings = replace(with_batch(DEFAULT, args.batch), lr=args.lr)
     folders = Path(args.run), Path(args.out)
-    pretrain(MODELS["tiny"], *folders, args.seed, args.scale, args.stages, settings, device, args.jobs)
+    pretrain(begin(MODELS["tiny"], *folders, args.seed, args.scale, args.stages, settings, device, args.jobs))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from minimti.checkpoint.key_maps import official_source
 from minimti.checkpoint.load import sources
 from minimti.config import SVDConfig, to_json
 from minimti.io import write
-from minimti.io.files import InputError, atomic_write, check_writable, make_folder, require_file
+from minimti.io.files import InputError, atomic_write, make_folder, require_file
 from minimti.jobs import in_processes
 from minimti.networks.graph import Graphed
 from minimti.pretrain.card import Record, card
@@ -38,9 +38,9 @@ from minimti.pretrain.stages import (
     latent_shape,
     normalise_latents,
 )
-from minimti.pretrain.state import CPU, DEFAULT, PretrainSettings, Run, begin, dense, make_optimisers, require
+from minimti.pretrain.state import PretrainSettings, Run, dense, make_optimisers, require
 from minimti.world import captions
-from minimti.world.clips import SCENES, check_sizes, pixels
+from minimti.world.clips import SCENES, pixels
 from minimti.world.scene import WORDS, Scene, render
 
 FETCH_EVERY = 25  # steps between two fetches of losses from a GPU, which makes it wait
@@ -269,10 +269,10 @@ FINISH = {
 }
 
 
-def write_model(run: Run, out: Path) -> None:
+def write_model(run: Run) -> None:
     """Write the files of a model, in half precision: the SVD in the official layout, the captions, and the card."""
+    svd, out, tensors = run.model.svd, run.out, {}
     make_folder(out)
-    svd, tensors = run.model.svd, {}
     values = svd.state_dict()
     for key, source in sources(svd, official_source, run.config).items():
         (name,) = source.names
@@ -284,38 +284,20 @@ def write_model(run: Run, out: Path) -> None:
         part.write_text(card(svd, run.rows))
 
 
-def pretrain(
-    config: SVDConfig,
-    folder: Path,
-    out: Path,
-    seed: int,
-    scale: float,
-    names: Sequence[str] | None = None,
-    settings: PretrainSettings = DEFAULT,
-    device: torch.device = CPU,
-    jobs: int = 1,
-) -> Run:
-    """Go through the stages `names` (default: all) that the run in `folder` has not done; write the model to `out`.
+def pretrain(run: Run) -> None:
+    """Go through the stages that a run has not done yet, and write the model to its `out` after each of them.
 
-    `scale` multiplies the steps of all stages; `jobs` processes draw clips. The model is written after every stage.
-    Raises InputError if the sizes are impossible, `folder` holds another run, or `out` lacks the model to start from;
-    KeyboardInterrupt when stopped, after saving; FloatingPointError if a loss is not finite.
+    Raises KeyboardInterrupt when stopped, after saving; FloatingPointError if a loss is not finite.
     """
-    check_sizes(config)
-    for place in (folder, out):
-        make_folder(place)
-        check_writable(place / "checkpoint.pt")
-    run = begin(config, folder, out, seed, scale, names, settings, device, jobs)
     with signals.held() as check:
         while run.stage < len(run.stages):
             name = run.stages[run.stage].name
             train(run, check)
             if name in FINISH:
                 FINISH[name](run)
-            write_model(run, out)
+            write_model(run)
             run.stage, run.step, run.ema, run.optimisers = run.stage + 1, 0, {}, []
             run.save()
             record = run.records[run.stage - 1]
             psnr = "" if record.psnr is None else f", held-out PSNR {record.psnr:.1f} dB"
             tqdm.write(f"{name}: {len(record.losses)} steps, {record.seconds / 60:.1f} minutes{psnr}")
-    return run

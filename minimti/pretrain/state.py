@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from minimti import hardware, pipeline
 from minimti.checkpoint.load import open_checkpoint
 from minimti.config import SVDConfig, printable, to_json
-from minimti.io.files import InputError, atomic_write, require_file
+from minimti.io.files import InputError, atomic_write, check_writable, make_folder, require_file
 from minimti.muon import Muon, is_matrix
 from minimti.pretrain.card import Record, Row, rows
 from minimti.pretrain.stages import STAGES, PretrainModel, Stage
 from minimti.world import captions
+from minimti.world.clips import check_sizes
 
 STATE = ("stage", "step", "history", "ema", "optimisers")  # fields of Run in its checkpoint
 OPTIMISER_STATES = (
@@ -99,9 +100,10 @@ class Run:
 
     config: SVDConfig
     settings: PretrainSettings
-    folder: Path
+    folder: Path  # of its checkpoint, its encoded clips and its pictures
+    out: Path  # where the model goes
     seed: int
-    scale: float
+    scale: float  # multiplies the steps of all stages
     model: PretrainModel
     device: torch.device
     dtype: torch.dtype
@@ -179,18 +181,22 @@ def begin(
     device: torch.device = CPU,
     jobs: int = 1,
 ) -> Run:
-    """The run in `folder` as it was saved on any device, or a new one.
+    """The run in `folder` as it was saved on any device, or a new one through the stages `names` (default: all).
 
-    A new run starts from the model in `out` if `names` lacks the first stage. Raises InputError if `folder` holds
-    another run, or `out` no model of these sizes.
+    A new run starts from the model in `out` if `names` lacks the first stage. Raises InputError if the sizes are
+    impossible, a folder cannot be written to, `folder` holds another run, or `out` no model of these sizes.
     """
+    check_sizes(config)
+    for place in (folder, out):
+        make_folder(place)
+        check_writable(place / "checkpoint.pt")
     torch.manual_seed(seed)
     stages = tuple(stage for stage in settings.stages if names is None or stage.name in names)
     model = PretrainModel(config).to(device)
-    run = Run(config, settings, folder, seed, scale, model, device, faster_dtype(device), stages, jobs)
+    run = Run(config, settings, folder, out, seed, scale, model, device, faster_dtype(device), stages, jobs)
     if not run.path.exists():
         if stages[0] != settings.stages[0]:
-            take_up(run, out)
+            take_up(run)
         return run
     try:
         saved = torch.load(require_file(run.path), map_location="cpu", weights_only=True)
@@ -209,20 +215,23 @@ def begin(
     return run
 
 
-def take_up(run: Run, out: Path) -> None:
-    """Start a run from the model in `out`. Raises InputError if there is none, or it has other sizes."""
-    checkpoint = open_checkpoint(str(out / f"{run.config.name}.safetensors"))
+def take_up(run: Run) -> None:
+    """Start a run from the model in its `out`. Raises InputError if there is none, or it has other sizes."""
+    path = run.out / f"{run.config.name}.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name the model's folder as --out, or train from the first stage")
+    checkpoint = open_checkpoint(str(path))
     if checkpoint.config != run.config:
         raise InputError(f"{checkpoint.path}: of other sizes; train it from its first stage")
     svd = pipeline.load(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     run.model.svd.load_state_dict(svd.state_dict())
-    words = captions.load(out / "words.safetensors")
+    words = captions.load(run.out / "words.safetensors")
     try:
         run.model.words.load_state_dict(words.state_dict())
         run.history = json.loads(checkpoint.tensors.metadata["stages"])
         check_history(run.history)
     except Exception as error:  # the file is damaged, or another program wrote it
-        raise InputError(f"{out}: no model that minimti.pretrain wrote; train it from its first stage") from error
+        raise InputError(f"{run.out}: no model that minimti.pretrain wrote; train it from its first stage") from error
 
 
 # ---------------------------------------------------------------------------------------------- damaged files

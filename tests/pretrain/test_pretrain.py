@@ -36,7 +36,9 @@ def parameters(model: torch.nn.Module) -> int:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Run, Path]:
     folder = tmp_path_factory.mktemp("run")
-    return pretrain(SMALLER, folder, folder / "out", 0, FEW, settings=SHORT), folder
+    run = begin(SMALLER, folder, folder / "out", 0, FEW, settings=SHORT)
+    pretrain(run)
+    return run, folder
 
 
 def test_every_stage_trains_its_modules(finished):
@@ -91,8 +93,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     settings = replace(SHORT, stages=tuple(map(stopping, SHORT.stages)), save_seconds=0)
     for stopped in (KeyboardInterrupt, RuntimeError, RuntimeError):
         with pytest.raises(stopped):
-            pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings)
-    again = pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings)
+            pretrain(begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings))
+    again = begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings)
+    pretrain(again)
     assert calls.count("frames") == 2 and calls.count("tower") == 3 and calls.count("images") == 3
     for record, other in zip(again.records, run.records):
         assert record.losses == other.losses
@@ -104,7 +107,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
 def test_a_finished_model_is_trained_further(finished, tmp_path):
     run, folder = finished
     shutil.copytree(folder / "out", tmp_path / "out")
-    further = pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["captions", "images"], SHORT)
+    further = begin(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["captions", "images"], SHORT)
+    pretrain(further)
     assert [len(record.losses) for record in further.records] == [2, 2]
     before, after = (load_file(f / "out" / "tiny.safetensors") for f in (folder, tmp_path))
     for key in before:
@@ -116,11 +120,11 @@ def test_a_finished_model_is_trained_further(finished, tmp_path):
     for stage, times in zip(STAGES, (1, 1, 1, 2, 2)):
         assert card.count(f"| {stage.name}: ") == times
     with pytest.raises(InputError, match="of other sizes; train it from its first stage"):
-        pretrain(TINY, tmp_path / "other", tmp_path / "out", 0, FEW, ["captions"])
+        begin(TINY, tmp_path / "other", tmp_path / "out", 0, FEW, ["captions"])
     with pytest.raises(
         InputError, match="holds a run of --seed 3 --scale 1e-06 --lr 0.001 --batch 4 --stages captions images"
     ):
-        pretrain(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["images"])
+        begin(SMALLER, tmp_path / "run", tmp_path / "out", 3, FEW, ["images"])
 
 
 def test_a_damaged_model_is_not_trained_further(finished, tmp_path):
@@ -134,6 +138,9 @@ def test_a_damaged_model_is_not_trained_further(finished, tmp_path):
         save_file(tensors, path, metadata)
         with pytest.raises(InputError, match="no model that minimti.pretrain wrote; train it from its first stage"):
             begin(SMALLER, tmp_path / "run", tmp_path / "out", 0, FEW, ["images"])
+    path.unlink()
+    with pytest.raises(InputError, match="tiny.safetensors: no such file; name the model's folder as --out"):
+        begin(SMALLER, tmp_path / "run", tmp_path / "out", 0, FEW, ["images"])
 
 
 def test_the_embedded_model_can_be_trained_further(tmp_path):
@@ -147,10 +154,10 @@ def test_the_embedded_model_can_be_trained_further(tmp_path):
 def test_a_folder_belongs_to_one_run(finished, tmp_path):
     _, folder = finished
     with pytest.raises(InputError, match="holds a run of --seed 0 --scale 1e-06"):
-        pretrain(SMALLER, folder, folder / "out", 1, FEW)
+        begin(SMALLER, folder, folder / "out", 1, FEW)
     (tmp_path / "checkpoint.pt").write_bytes(b"no")
     with pytest.raises(InputError, match="not a checkpoint of minimti.pretrain"):
-        pretrain(SMALLER, tmp_path, tmp_path / "out", 0, FEW)
+        begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path):
 )
 def test_impossible_sizes_are_refused_with_the_reason(config, reason, tmp_path):
     with pytest.raises(InputError, match=reason):
-        pretrain(config, tmp_path / "run", tmp_path / "out", 0, FEW)
+        begin(config, tmp_path / "run", tmp_path / "out", 0, FEW)
     assert not list(tmp_path.iterdir())
 
 
@@ -193,7 +200,8 @@ def test_the_embedded_model_is_small():
 def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
     """A larger batch of the UNet's stages draws from as many more clips."""
     calls = []
-    monkeypatch.setattr(command, "pretrain", lambda *args: calls.append(args))
+    monkeypatch.setattr(command, "begin", lambda *args: calls.append(args))
+    monkeypatch.setattr(command, "pretrain", lambda run: None)
     folder, out = str(tmp_path / "run"), str(tmp_path / "out")
     options = "--seed 3 --scale 0.5 --stages captions --device cpu --batch 16 --lr 2e-4 --jobs 3".split()
     monkeypatch.setattr(sys, "argv", ["pretrain", "--run", folder, "--out", out, *options])

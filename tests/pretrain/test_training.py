@@ -284,7 +284,9 @@ def test_all_encoded_and_held_out_clips_differ(tmp_path):
 def autoencoder(tmp_path_factory) -> Run:
     """A run through the stages of the autoencoder."""
     folder = tmp_path_factory.mktemp("autoencoder")
-    return pretrain(SMALLER, folder, folder / "out", 0, FEW, settings=replace(SHORT, stages=SHORT.stages[:2]))
+    run = begin(SMALLER, folder, folder / "out", 0, FEW, settings=replace(SHORT, stages=SHORT.stages[:2]))
+    pretrain(run)
+    return run
 
 
 def test_psnr_is_that_of_the_pictures(autoencoder):
