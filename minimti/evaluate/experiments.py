@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import correlation
+from typing import Any
 
 import numpy as np
 import torch
@@ -220,29 +221,33 @@ def mean_path(a: Trajectory, b: Trajectory) -> Trajectory:
 def kinds(evaluation: Evaluation) -> Result:
     """Figures 8 and 12: two sprites, camera motion, and gaits that differ only in rhythm.
 
-    Beside the learned motion the true caption, the best that the model can do; captions have no words for gaits.
+    Learned from one clip and from two, beside the true caption, the best that the model can do; captions have no words
+    for gaits.
     """
-    rng, config, num_targets = evaluation.rng, evaluation.config, evaluation.settings.kind_targets
     cases: dict[str, dict[str, Case]] = {"pans": {}, "zooms": {}}
     for k, word in enumerate(CAMERA_WORDS):
-        case = random_case(rng(2, 1, k), config, num_targets, program=(word,) * NUM_SLOTS)
+        case = kind_case(evaluation, 1, k, program=(word,) * NUM_SLOTS)
         cases["zooms" if "zoom" in word else "pans"][word] = case
-    cases["two sprites"] = {str(k): random_case(rng(2, 0, k), config, num_targets, num_sprites=2) for k in range(2)}
+    cases["two sprites"] = {str(k): kind_case(evaluation, 0, k, num_sprites=2) for k in range(2)}
     cases["gaits"] = {
-        f"period {wave.period:g}": random_case(
-            rng(2, 2, k), config, num_targets, program=("forward",) * NUM_SLOTS, wave=wave
-        )
+        f"period {wave.period:g}": kind_case(evaluation, 2, k, program=("forward",) * NUM_SLOTS, wave=wave)
         for k, wave in enumerate(GAITS)
     }
+    sources = {"true caption": lambda case: evaluation.caption(case.reference), "learned motion": evaluation.learn}
+    sources["learned from 2 clips"] = partial(evaluation.learn, inversion=replace(evaluation.inversion(), num_clips=2))
     result: Result = {}
     for kind, drawn in cases.items():
-        if kind != "gaits":
-            captions = {name: evaluation.caption(case.reference) for name, case in drawn.items()}
-            errors = {name: evaluation.errors(case, captions[name]) for name, case in drawn.items()}
-            result[f"{kind}, true caption"] = {"error": errors}
-        errors = {name: evaluation.errors(case, evaluation.learn(case)) for name, case in drawn.items()}
-        result[f"{kind}, learned motion"] = {"error": errors}
+        for source, motion_of in sources.items():
+            if (kind, source) != ("gaits", "true caption"):
+                errors = {name: evaluation.errors(case, motion_of(case)) for name, case in drawn.items()}
+                result[f"{kind}, {source}"] = {"error": errors}
     return result
+
+
+def kind_case(evaluation: Evaluation, kind: int, number: int, **options: Any) -> Case:
+    """A motion of `kinds` with two references; `options` are those of `random_case`."""
+    rng, num_targets = evaluation.rng(2, kind, number), evaluation.settings.kind_targets
+    return random_case(rng, evaluation.config, num_targets, num_references=2, **options)
 
 
 def ablation(evaluation: Evaluation) -> Result:

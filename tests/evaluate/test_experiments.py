@@ -18,6 +18,7 @@ from minimti.score import Figures, Score
 from minimti.world.scene import flip, habit, render
 from minimti.world.shapes import SHAPES
 
+WORDLESS = ("gaits", "true caption")  # captions have no words for gaits
 PICTURES = ("transfer", "flip", "swap", "unconditional", "attention", "iterations")
 
 
@@ -180,6 +181,23 @@ def test_token_layouts_are_learned_as_they_are_called(ideal, monkeypatch):
     layouts = [f"{1 if inversion.shared else 9} x {inversion.num_tokens}" for inversion in inversions]
     assert list(dict.fromkeys(layouts)) == list(found) and {inversion.seed for inversion in inversions} == {0, 1}
     assert all(mean(row["error"]) < 0.2 for row in found.values())
+
+
+def test_every_kind_of_motion_is_learned_from_one_clip_and_from_two(ideal, monkeypatch):
+    learned = []
+
+    def learn(case, inversion=None):
+        assert len(case.references) == 2 and case.references[0] != case.references[1]
+        learned.append((case, inversion.num_clips if inversion else 1))
+        return ideal.caption(case.reference)
+
+    monkeypatch.setattr(ideal, "learn", learn)
+    found = EXPERIMENTS["kinds"](ideal)
+    kinds = ("pans", "zooms", "two sprites", "gaits")
+    sources = ("true caption", "learned motion", "learned from 2 clips")
+    assert list(found) == [f"{kind}, {source}" for kind in kinds for source in sources if (kind, source) != WORDLESS]
+    assert len({case for case, _ in learned}) == 8 and [n for _, n in learned].count(2) == 8 == len(learned) // 2
+    assert all(len(row["error"]) == 2 and mean(row["error"]) < 0.2 for row in found.values())
 
 
 @pytest.mark.parametrize("obedient", [True, False])
