@@ -141,14 +141,15 @@ def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
 
     Raises InputError where one would replace another or an input, or cannot be written.
     """
-    from minimti.results import plan
+    from minimti.results import distinct, plan
 
     learned = [*args.emb, *([args.swap] if args.swap else [])]
     form = args.format or {".gif": "gif"}.get(Path(args.out).suffix.lower(), "mp4")
     inputs = [*learned, *([args.model] if args.model and args.model not in MODELS else [])]
     seeds = [(args.seed + k) % 2**32 for k in range(args.seeds)]
-    names = [Path(file).stem for file in learned] or [model]
-    jobs = plan(names, args.images, seeds, args.out, form, learned=bool(learned), inputs=inputs)
+    names = distinct(learned) or [model]
+    kinds = {"learned": bool(learned), "unconditional": args.unconditional}
+    jobs = plan(names, args.images, seeds, args.out, form, inputs=inputs, **kinds)
     for job in jobs if args.attention else []:
         check_target(job.attention, *args.images, *inputs)
     if args.compare:
@@ -192,7 +193,7 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
     from minimti.io.image import decode_image
     from minimti.io.pixels import cut, fit
     from minimti.io.write import enlarged, write_video
-    from minimti.results import is_made, write_record
+    from minimti.results import is_made, remove_attention, write_record
 
     config = svd.config
     micro = cli.overridden(
@@ -214,21 +215,24 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
     num_frames = motion.num_frames if motion else config.num_frames
     made_from = known["made from"] | vars(micro) | {"seed": job.seed, "frames": num_frames, "fps": fps}
     made_from |= {"size": placement.size, "part of image": placement.source}
-    if is_made(job, made_from) and (job.attention.is_file() or not args.attention):
+    if is_made(job, made_from, args.attention):
         return f"{cli.printable(job.path)}: is there, made from the same, and kept"
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
     options |= {"schedule": args.schedule, "seed": job.seed, "micro": micro, "unconditional": args.unconditional}
+    replaced = job.path.exists()
     bars = cli.Bars(job.path.stem)
     with AttentionMaps(svd, num_frames) if args.attention else nullcontext() as maps:
         video = animate(svd, motion, image, progress=bars, memory=args.memory, **options)
     bars.close()
     frames = enlarged(cut(video, placement))
     write_video(job.path, frames, fps, json.dumps({**known, "made from": made_from}))
+    remove_attention(job)
     if maps is not None:
         write_attention(job.attention, video, maps.mean())
-    write_record(job, made_from, known["about"])
+    write_record(job, made_from, known["about"], args.attention)
     height, width = frames.shape[-2:]
-    return f"{cli.printable(job.path)}: {len(frames)} frames, {width}x{height}, {fps:.4g} fps, seed {job.seed}"
+    line = f"{cli.printable(job.path)}: {len(frames)} frames, {width}x{height}, {fps:.4g} fps, seed {job.seed}"
+    return line + ", in place of one that was made otherwise" * replaced
 
 
 def compare(args: argparse.Namespace, jobs: "list[Job]", motions: "list[Motion]", config: "SVDConfig") -> None:
@@ -267,7 +271,7 @@ def main() -> None:
     motions = [minimti.Motion.load(path) for path in args.emb]
     args.images = find_images(args.images, args.out)
     check(args, motions)
-    sizes = []  # before a model is looked for, which may mean a download
+    sizes = []
     for path in args.images:
         pixels = decode_image(path)  # read again when its turn comes: twenty photographs take gigabytes
         sizes.append((pixels.shape[-1], pixels.shape[-2]))
@@ -276,8 +280,7 @@ def main() -> None:
 
     args.device = ranks.device(args.device)
     with ranks.quiet():  # one process prints these for all
-        checkpoint, device = cli.find_model(args, model)
-        config = checkpoint.config
+        model, config, device = cli.choose_model(args, model)
         if args.schedule == "ays" and config.sigma_max != AYS_SIGMAS[0]:
             raise InputError(f"--schedule ays: is for SVD, whose noise begins at 700; leave it out for {config.name}")
         for motion in motions:
@@ -286,10 +289,13 @@ def main() -> None:
         for motion in motions or [None]:
             placed(args, config, motion, motion.size if motion else config.size)
             notes |= {path: placed(args, config, motion, have).note() for path, have in zip(args.images, sizes)}
+        jobs = outputs(args, config.name)
+        for emb, motion in zip(args.emb, motions):
+            cli.note_unfinished(emb, motion)
         for path, note in notes.items():
             if note:
                 warnings.warn(f"{path}: {note}", stacklevel=1)
-        jobs = outputs(args, config.name)
+        checkpoint = cli.find_model(args, model)
 
         began = time.perf_counter()
         svd = cli.load_model(args, checkpoint, device, image_encoder=not args.emb)  # tokens take its embedding's place

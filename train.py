@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimti import cli, signals
+from minimti import __version__, cli, signals
 from minimti.config import MODELS, NUM_TOKENS, RECIPES
 from minimti.io.files import InputError, check_folder, check_target, check_writable, make_folder
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from minimti.run import Run
     from minimti.svd import SVD
 
+OTHER_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".jpg", ".json")  # no embeddings' names
 STRIP_HEIGHT = 160  # pixels: the height of a frame in the picture of --dry-run, at most
 
 
@@ -74,7 +75,7 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     rate = "frames that are taken per second (default: the model's rate, 7: 14 frames of svd are 2 seconds)"
     clip("--sample-fps", type=cli.number(0.001, 1000), metavar="FPS", help=rate)
     clip("--stride", type=cli.integer(1, 10**6), metavar="K", help="take every K-th frame, whatever its time")
-    clip("--frames", type=cli.integer(1, 1000), metavar="F", help="frames to learn from (default: the model's)")
+    clip("--frames", type=cli.integer(2, 1000), metavar="F", help="frames to learn from (default: the model's)")
     size = "size to learn at (default: the model's, 1024x576 for svd; upright for a portrait clip)"
     cli.add_fit_arguments(clip, size)
     clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
@@ -130,8 +131,11 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
     inputs = [*args.clips, args.model or ""]
     several = len(args.clips) > 1 and not args.together
     out = args.out if args.out is not None else "." if several else "m.pt"
-    if not several and (args.together or not os.path.isdir(out)):
-        return [(check_writable(out, *inputs), args.clips)]
+    if not several and (args.together or not (os.path.isdir(out) or out.endswith(os.sep))):
+        path = check_writable(out, *inputs)
+        if path.suffix.lower() in OTHER_SUFFIXES or out.endswith(os.sep):
+            raise InputError(f"--out {out}: name the embedding, a file that ends in .pt or .safetensors")
+        return [(path, args.clips)]
     if several and (Path(out).suffix in (".pt", ".safetensors") or os.path.isfile(out)):
         advice = "name a folder, or learn one from all with --together"
         raise InputError(f"--out {out}: one file cannot hold {len(args.clips)} embeddings; {advice}")
@@ -186,11 +190,9 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
     """Reads and checks the clips of all embeddings, draws them as they would be learned, prints what that will need."""
     import torch
 
-    from minimti.pipeline import automatic, check_device, default_device, describe_learning, find
+    from minimti.pipeline import describe_learning
 
-    device = check_device(args.device or default_device())
-    model = automatic(device) if args.model in (None, "auto") else args.model
-    config = MODELS[model] if model in MODELS else find(model, device).config
+    _, config, device = cli.choose_model(args, "auto" if args.model is None else args.model)
     dtype = args.dtype and getattr(torch, args.dtype)
     for out, sources in named:
         make_folder(out.parent)  # it is missing only where it is that of several embeddings
@@ -198,11 +200,10 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
         clips = read(args, config, sources)
         recipe = recipe_of(args, config, clips)
         draw(args, path, clips)
-        needs = describe_learning(config, clips[0], recipe.steps, device, dtype, args.memory)
-        for name, text in needs:
-            print(f"{name:10} {text}")
         what = "the frames" if len(clips) == 1 else "the frames of each clip"
         print(f"strip      {path}: {what}, and below them three views as they are augmented; nothing was learned")
+        for name, text in describe_learning(config, clips[0], recipe.steps, device, dtype, args.memory):
+            print(f"{name:10} {text}")
 
 
 def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]") -> None:
@@ -375,7 +376,10 @@ def finish(run: "Run", facts: dict[str, str]) -> None:
 
     motion = run.last and run.last.motion
     if motion is not None and (motion.steps > 0 or run.steps == 0):
-        motion.settings = facts | {"steps": run.text(motion.steps), "torch": torch.__version__}
+        versions = {"minimti": __version__, "torch": torch.__version__}
+        motion.settings = facts | {"steps": run.text(motion.steps)} | versions
+        if len(run.legs) > 1:
+            motion.settings["command"] += " --resume"
         run.finish(motion)
         shape = "x".join(map(str, motion.tokens.shape))
         print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
@@ -417,12 +421,13 @@ def main() -> None:
         if args.dry_run:
             return dry_run(args, named) if ranks.is_first else None
         args.device = ranks.device(args.device)
-        checkpoint, device = cli.find_model(args, "auto" if args.model is None else args.model)
-        jobs = [job_of(args, checkpoint.config, ranks, out, sources) for out, sources in named]
+        model, config, device = cli.choose_model(args, "auto" if args.model is None else args.model)
+        jobs = [job_of(args, config, ranks, out, sources) for out, sources in named]
         if ranks.is_first:  # the only one that writes
             for job in jobs:
                 stack.enter_context(job.run)
         left = unfinished(args, jobs, device) if args.resume else jobs
+        checkpoint = cli.find_model(args, model)
         stack.enter_context(ranks.joined())
         svd = load(args, checkpoint, device)
         facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}

@@ -93,11 +93,25 @@ def plan(
         assert available is not None
         memory = next((mode for mode in MEMORY_MODES if needs[mode] <= available), "")
         if not memory:
+            fitting = (
+                f"--size {smaller[0]}x{smaller[1]}"
+                for smaller in _smaller_sizes(size, config.size_multiple)
+                if _needed(svd, config, num_frames, smaller, "low", training, device) <= available
+            )
             raise InputError(
                 f"{size[0]}x{size[1]} and {num_frames} frames need about {needs['low'] / GIB:.1f} GiB with the least"
-                f" memory, and {available / GIB:.1f} are free; choose a smaller --size, or --memory low to try it"
+                f" memory, and {available / GIB:.1f} are free; choose {next(fitting, 'a smaller model')}, or --memory"
+                " low to try it"
             )
     return replace(budget_of(memory, num_frames, device), needed=needs[memory], available=available)
+
+
+def _smaller_sizes(size: tuple[int, int], multiple: int) -> Iterator[tuple[int, int]]:
+    """Sizes of about the same shape whose sides are multiples of a number, the largest first."""
+    longer = max(size)
+    for length in range(longer - multiple, 0, -multiple):
+        width, height = (max(1, round(side * length / longer / multiple)) * multiple for side in size)
+        yield width, height
 
 
 def budget_of(memory: str, num_frames: int, device: str = "cuda") -> Budget:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from minimti.checkpoint.load import Checkpoint
+    from minimti.config import SVDConfig
     from minimti.motion import Motion
     from minimti.pipeline import Progress
     from minimti.svd import SVD
@@ -126,21 +127,33 @@ def overridden(settings: Any, **values: Any) -> Any:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
-def find_model(args: argparse.Namespace, model: str) -> "tuple[Checkpoint, torch.device]":
-    """The checkpoint of a model and the device of --device; prints the model's note. Raises InputError."""
+def choose_model(args: argparse.Namespace, model: str) -> "tuple[str, SVDConfig, torch.device]":
+    """The name or path of a model, its configuration, and the device of --device. Raises InputError.
+
+    Nothing is downloaded: what does not suit the configuration can be refused before.
+    """
     import torch
 
     from minimti import pipeline
+    from minimti.checkpoint.load import configuration
 
     device = pipeline.check_device(args.device or pipeline.default_device())
     if device.type == "cuda":  # the memory that the bars show is that of the current one
         torch.cuda.set_device(device)
-    checkpoint = pipeline.find(model, device, args.revision)
+    model = pipeline.automatic(device) if model == "auto" else model
+    return model, configuration(model, args.revision), device
+
+
+def find_model(args: argparse.Namespace, model: str) -> "Checkpoint":
+    """The checkpoint of a model that was chosen, downloaded where it is not here; prints its revision and its note."""
+    from minimti.checkpoint.load import open_checkpoint
+
+    checkpoint = open_checkpoint(model, args.revision)
     if checkpoint.revision:
         print(f"revision   {checkpoint.revision}")
     if checkpoint.config.note:
         print(f"note       {checkpoint.config.note}")
-    return checkpoint, device
+    return checkpoint
 
 
 def model_of(args: argparse.Namespace, emb: str, motion: "Motion") -> str:
@@ -148,6 +161,12 @@ def model_of(args: argparse.Namespace, emb: str, motion: "Motion") -> str:
     if args.model is None and motion.model not in MODELS:
         raise InputError(f"{emb}: made with a model called {motion.model!r}; pass its file or folder as --model")
     return motion.model if args.model is None else args.model
+
+
+def note_unfinished(emb: str, motion: "Motion") -> None:
+    """Prints a note about the embedding `emb` where its run has not taken all of its steps."""
+    if motion.unfinished:
+        print(f"note       {printable(emb)}: is unfinished, after {motion.unfinished} steps")
 
 
 def load_model(
@@ -178,11 +197,13 @@ class Bars:
 
     LABELS = {"encode": "encoding", "learn": "inversion"}
     TEXT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
-    LINES = 20  # lines of a stage in a log
+    LINES = 20  # lines of a stage in a log, at most
+    SECONDS = 2.0  # between two of them, at least, in "encode" and "sample"; the last comes in any case
 
     def __init__(self, label: str = ""):
         self.label, self.stage = label, ""  # the label of stages that have none of their own
         self.first, self.step, self.began = 0, 0, 0.0  # in this stage: steps done before, steps done, time
+        self.printed = 0.0  # the time of the last line
         self.bar: tqdm | None = None
         self.losses: deque[float] = deque(maxlen=50)
 
@@ -197,8 +218,9 @@ class Bars:
         if not self.bar.disable:
             self.bar.set_postfix_str(self._postfix(), refresh=False)
             self.bar.update(self.step - before)
-        elif self.LINES * self.step // max(progress.steps, 1) > self.LINES * before // max(progress.steps, 1):
+        elif self._is_due(before, progress.steps):
             print(self._line(progress.steps), file=sys.stderr, flush=True)
+            self.printed = time.perf_counter()
 
     def close(self) -> None:
         """Ends the bar of the current stage."""
@@ -210,6 +232,7 @@ class Bars:
 
         self.close()
         self.stage, self.began = progress.stage, time.perf_counter()
+        self.printed = self.began
         # "learn" reports where it starts, which is not 0 where a run is resumed; the others report a step done
         self.first = self.step = progress.step - (self.stage != "learn")
         self.bar = tqdm(
@@ -220,6 +243,12 @@ class Bars:
             leave=self.stage != "encode",
             disable=None,  # where stderr is no terminal
         )
+
+    def _is_due(self, before: int, steps: int) -> bool:
+        """Whether a log gets a line after the step, of `steps`, that followed `before`."""
+        passed = self.LINES * self.step // max(steps, 1) > self.LINES * before // max(steps, 1)
+        is_time = self.stage == "learn" or time.perf_counter() - self.printed >= self.SECONDS
+        return passed and (is_time or self.step == steps)
 
     def _label(self) -> str:
         return self.LABELS.get(self.stage, self.label)

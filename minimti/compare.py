@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -34,6 +35,7 @@ from minimti.run import Run
 CELL_SIDE = 384  # pixels: the longer side of a video in a comparison, at most
 COLUMNS = 6  # most videos in a row of the grid: longer rows go on below
 GRID_SIDE = 3840  # pixels: the sides of the grid, at most
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Pillow's own has English letters only
 BAR, GAP = 24, 4  # height of a label, and pixels between two videos
 
 
@@ -92,7 +94,7 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
     if strip.is_file():
         with Image.open(strip) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
-        frames = pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2)  # [F, 3, H, W]
+        frames = without_bars(pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2))  # [F, 3, H, W]
         return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
     # With --together the source is a list, perhaps longer than a name may be.
     if motion.span and source and os.path.exists(source):
@@ -103,6 +105,13 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
         return Cell(label, torch.stack([small(frame) for frame in to_uint8(clip.frames)]), fps, is_clip=True)
     where = f"neither {strip} nor {source}" if source else f"no {strip}"
     raise InputError(f"{emb}: {where} is there; the comparison goes without its clip")
+
+
+def without_bars(frames: Tensor) -> Tensor:
+    """[F, 3, H, W] without the rows and columns at its edges that are black in all frames, as those of --fit pad."""
+    bright = frames.amax(dim=(0, 1)) > 0  # [H, W]
+    rows, columns = (bright.any(dim).nonzero()[:, 0].tolist() for dim in (1, 0))
+    return frames[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if rows else frames
 
 
 def small(frame: Tensor) -> Tensor:
@@ -148,7 +157,7 @@ def grid(rows: Sequence[Sequence[Cell]]) -> tuple[Tensor, float]:
 def bar(text: str, width: int) -> Tensor:
     """uint8 [3, BAR, width]: a line of text on white, cut short with dots where it is too long."""
     image = Image.new("RGB", (width, BAR), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    draw, font = ImageDraw.Draw(image), ImageFont.truetype(FONT, 14)
     shown, length = text, len(text)
     while length > 1 and draw.textlength(shown, font=font) > width - 4:
         length -= 1

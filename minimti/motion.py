@@ -62,6 +62,11 @@ class Motion:
         return self.tokens[None, :-1], self.tokens[-1:]
 
     @property
+    def unfinished(self) -> str:
+        """How far its run has come, as "312 of 500"; "" where it has taken all of its steps."""
+        return f"{self.steps} of {self.total_steps}" if self.steps < (self.total_steps or 0) else ""
+
+    @property
     def span(self) -> tuple[float, float] | None:
         """When its clip begins and ends in the file, in seconds; None where the settings do not say."""
         times = re.match(r"([0-9.]+) to ([0-9.]+) s", self.settings.get("times", ""))

@@ -68,7 +68,8 @@ def load(
     """
     device = check_device(device or default_device())
     dtype = dtype or default_dtype(device)
-    checkpoint = find(model, device) if isinstance(model, str) else model
+    name = automatic(device) if model == "auto" else model
+    checkpoint = open_checkpoint(name) if isinstance(name, str) else name
     try:
         with torch.device("meta"):
             svd = SVD(checkpoint.config, with_image_encoder=image_encoder)
@@ -89,14 +90,6 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def compile_unet(unet: UNet) -> None:
     """torch.compile for the UNet's transformers, in place. Most of a minute before the first step of every shape."""
     compile_parts(unet, SpatioTemporalTransformer)
-
-
-def find(model: str, device: torch.device, revision: str | None = None) -> Checkpoint:
-    """The files of a model, as named for `load`, and their configuration; no weights are read. Raises InputError.
-
-    `revision` is a commit, branch or tag of an official model's repository on the hub.
-    """
-    return open_checkpoint(automatic(device) if model == "auto" else model, revision)
 
 
 def check_device(device: str | torch.device) -> torch.device:

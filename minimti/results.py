@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,26 +49,28 @@ def plan(
     form: str,
     *,
     learned: bool,
+    unconditional: bool = False,
     inputs: Sequence[str] = (),
 ) -> list[Job]:
     """A job for each motion, image and seed, in this order.
 
-    motions  the embeddings' names, of which those of the results are made; the model's where there is no embedding
-    images   paths; none for the motion alone
-    seeds    a seed is part of a name where there are several
-    out      a folder, or the file of the only result
-    form     "mp4", "gif" or "png"
-    learned  whether the motions are embeddings
-    inputs   files that are read, besides the images
+    motions        the embeddings' names, of which those of the results are made; the model's where there is none
+    images         paths; none for the motion alone
+    seeds          a seed is part of a name where there are several
+    out            a folder, or the file of the only result
+    form           "mp4", "gif" or "png"
+    learned        whether the motions are embeddings
+    unconditional  whether the results show the motion alone, of an image only its size
+    inputs         files that are read, besides the images
 
     Raises InputError where a result would replace another or an input, or cannot be written.
     """
     jobs = []
     for m, motion in enumerate(motions):
-        for i, image in enumerate(images or [None]):
+        for i, image in enumerate(distinct(images) or [None]):
             for seed in seeds:
-                name = f"{motion}_unconditional" if image is None else f"{Path(image).stem}_{motion}"
-                label = "motion alone" if image is None else Path(image).stem
+                name = "_".join([*([image] if image else []), motion, *(["unconditional"] if unconditional else [])])
+                label = "motion alone" if unconditional or image is None else image
                 if len(motions) > 1:
                     label = f"{motion}: {label}"
                 if len(seeds) > 1:
@@ -88,7 +91,7 @@ def plan(
         raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4 or .gif")
     path, count = Counter(job.path for job in jobs).most_common(1)[0]
     if count > 1:
-        same_images = len({Path(image).stem for image in images}) < len(images)
+        same_images = len({*distinct(images)}) < len(images)
         what = "images" if same_images else "embeddings" if len(set(motions)) < len(motions) else "pairs"
         raise InputError(f"{count} {what} of the same name would all become {path.name}; sample them apart")
     check_folder(out)
@@ -101,28 +104,48 @@ def plan(
     return jobs
 
 
+def distinct(paths: Sequence[str]) -> list[str]:
+    """The names of files without folder and suffix; with the suffix where this tells apart what would be the same."""
+    names, stems = [Path(path).name for path in paths], [Path(path).stem for path in paths]
+    unlike = [stems.count(stem) > 1 and names.count(name) == 1 for name, stem in zip(names, stems)]
+    return [name if other else stem for name, stem, other in zip(names, stems, unlike)]
+
+
 def record_of(result: Path) -> Path:
     """The name of a result's record."""
     return result.with_name(f"{result.name}.json")
 
 
-def is_made(job: Job, made_from: Mapping[str, Any]) -> bool:
-    """Whether the result is there, unchanged, and its record names the same things as `made_from`."""
+def is_made(job: Job, made_from: Mapping[str, Any], attention: bool = False) -> bool:
+    """Whether the result is there, unchanged, and its record names the same things as `made_from`.
+
+    With `attention` its picture of attention has to be there too.
+    """
     try:
         record = read_record(job.record)
         same = record["made from"] == json.loads(json.dumps(made_from))
-        return bool(same and record["sha256"] == digest(job.path))
+        whole = same and record["sha256"] == digest(job.path)
+        return bool(whole and (not attention or record["attention"] == digest(job.attention)))
     except (InputError, KeyError, OSError):
         return False
 
 
-def write_record(job: Job, made_from: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def remove_attention(job: Job) -> None:
+    """Removes the picture of attention that belongs to the result which the record is of."""
+    with suppress(InputError, KeyError, OSError):
+        if read_record(job.record)["attention"] == digest(job.attention):
+            job.attention.unlink()
+
+
+def write_record(job: Job, made_from: Mapping[str, Any], about: Mapping[str, Any], attention: bool = False) -> None:
     """Writes the record of a result that is there. Raises InputError where that fails.
 
     made_from  all that the result depends on
     about      what else there is to say about it
+    attention  whether it has a picture of attention
     """
-    text = json.dumps({"sha256": digest(job.path), "made from": made_from, "about": about}, indent=1)
+    pictures = {"attention": digest(job.attention)} if attention else {}
+    text = json.dumps({"sha256": digest(job.path), **pictures, "made from": made_from, "about": about}, indent=1)
     with atomic_write(job.record) as part:
         part.write_text(text + "\n")
 

@@ -34,7 +34,7 @@ from minimti.invert import State, View
 from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip
-from minimti.io.write import write_clip, write_frames, write_strip
+from minimti.io.write import enlarged, write_clip, write_frames, write_strip
 from minimti.motion import Motion
 from minimti.pipeline import Progress, animate
 from minimti.svd import SVD, Conditioning
@@ -42,6 +42,15 @@ from minimti.svd import SVD, Conditioning
 SMOOTHED = 50  # losses in the mean that the curve shows
 DRAW_SECONDS = 60  # at least so long between two drawings of the curve while training: one takes half a second
 STRIP_HEIGHT = 128  # pixels: the height of a frame in clip.png, at most
+
+# What differs between two runs, by the name of a setting that is not that of its option.
+DIFFERENCES = {
+    "clip": "another clip, or other times or another part of it",
+    "flip": "another --no-flip",
+    "optimizer": "another --recipe",
+    "num_cached_views": "another --cache",
+    "ranks": "another number of processes",
+}
 
 
 class NothingLeft(InputError):
@@ -118,7 +127,7 @@ class Run:
         """The state to go on from; None where the run was stopped before all views were encoded. Writes nothing.
 
         `steps` is the number asked for: None or that of the run, or more where the run is finished.
-        Raises InputError where there is no run, or it is one of other settings, NothingLeft where it is finished.
+        Raises InputError where there is no run, or it was begun with other settings, NothingLeft where it is finished.
         """
         if not self.is_begun:
             raise InputError(f"{self.folder}: no run to resume; leave --resume out to begin one")
@@ -129,13 +138,14 @@ class Run:
                 warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
                 state = self._load(device) if self.path("state.pt").is_file() else None
             begun = {"ranks": 1} | found["settings"]  # up to version 0.3.0 a run had one
-            asked = {name: begun.get(name) for name in settings}
+            differing = [name for name in settings if begun.get(name) != settings[name]]
+            command = str(found["command"])
         except Exception as error:  # a damaged file can make the unpickler raise anything
             raise InputError(f"{self.folder}: its files are damaged; leave --resume out to begin again") from error
-        for name, value in settings.items():
-            if asked[name] != value:
-                what = "another clip" if name == "clip" else f"{name} {asked[name]}, not {value}"
-                raise InputError(f"{self.folder}: is a run of {what}; give what it was begun with, or no --resume")
+        if differing:
+            name = "optimizer" if "optimizer" in differing else differing[0]  # others follow from it
+            what = DIFFERENCES.get(name) or f"another --{name.replace('_', '-')} ({begun.get(name)})"
+            raise InputError(f"{self.folder}: was begun with {what}; to go on with it: {command} --resume")
         done = state.steps if state else 0
         if done < self.steps and steps not in (None, self.steps):
             raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
@@ -242,7 +252,7 @@ class Run:
         """Draws loss.png."""
         if self.log:
             with self._explained(), atomic_write(self.path("loss.png")) as part:
-                draw_losses(part, self.log, self.legs)
+                draw_losses(part, self.log, self.legs, self.folder.name)
         self.drawn = time.perf_counter()
 
     def show_clips(self, clips: Sequence[Clip]) -> None:
@@ -310,7 +320,7 @@ class Previews:
             memory = "low" if self.svd.budget.memory == "low" else "balanced"  # what the step needs stays allocated
             first, check = self.clip.frames[:1], lambda _: self.check()
             video = animate(self.svd, motion, first, seed=motion.seed, memory=memory, progress=check)
-            beside = torch.cat([to_uint8(self.clip.frames), video], dim=-1)  # [F, 3, H, 2 W]
+            beside = torch.cat([enlarged(part) for part in (to_uint8(self.clip.frames), video)], dim=-1)  # [F, 3, H, W]
             if self.writes:
                 write_clip(self.run.path(f"preview-{progress.step:05}.mp4"), beside, self.clip.fps)
 
@@ -330,7 +340,7 @@ def strip_of(rows: Sequence[Tensor], most: int) -> Tensor:
     return torch.stack([T.resize(row, [round(scale * height), round(scale * width)]) for row in rows])
 
 
-def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int]) -> None:
+def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int], title: str) -> None:
     """A PNG of the losses and of the mean of the last SMOOTHED, with a line where steps were added."""
     from matplotlib.figure import Figure
 
@@ -342,7 +352,7 @@ def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int]) -> Non
     axes.plot(steps, [sum(part) / len(part) for part in recent], color="tab:blue", label=f"mean of the last {SMOOTHED}")
     for end in range(1, len(legs)):
         axes.axvline(sum(legs[:end]), color="0.5", linestyle=":")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=path.parent.name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
     axes.legend()
     figure.savefig(path, format="png", dpi=100)
 

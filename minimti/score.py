@@ -20,6 +20,7 @@ appearance  similarity of its first frame to the others, beside the same of the 
 """
 
 import argparse
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -191,12 +192,13 @@ def main() -> None:
     from minimti.run import Run
 
     motion = Motion.load(args.emb)
+    cli.note_unfinished(args.emb, motion)
     model = cli.model_of(args, args.emb, motion)
     kept = Run(args.emb, save_every=1).path("frames")
     if not args.clip and not kept.is_dir():
         raise InputError(f"{args.emb}: its clip is not beside it, in {kept}; name the clip as --clip")
-    checkpoint, device = cli.find_model(args, model)
-    config, count = checkpoint.config, motion.num_frames
+    model, config, device = cli.choose_model(args, model)
+    count = motion.num_frames
     motion.check_fits(config)
     if args.clip:
         start, end = motion.span or (0.0, None)
@@ -204,8 +206,11 @@ def main() -> None:
     else:
         clip = read_clip(kept, config, num_frames=count, size=motion.size, stride=1)
     like = replace(config, size=motion.size)  # a result has this size, upright where its image is
-    results = [read_clip(path, like, num_frames=count, stride=1).frames for path in args.results]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what is cut off: a result of another shape is measured in its middle
+        results = [read_clip(path, like, num_frames=count, stride=1).frames for path in args.results]
 
+    checkpoint = cli.find_model(args, model)
     svd = cli.load_model(args, checkpoint, device)
     print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}")
     bars = cli.Bars("score")

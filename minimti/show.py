@@ -42,9 +42,8 @@ def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
     yield "embedding", f"{sets} x {num_tokens} tokens of width {width}, for {frames}"
     yield "model", motion.model
     yield "fingerprint", short(motion.fingerprint)
-    steps = str(motion.steps)
-    unfinished = motion.total_steps is not None and motion.steps < motion.total_steps
-    yield "steps", f"{steps} of {motion.total_steps}: unfinished" if unfinished else steps
+    planned = motion.settings.get("steps", str(motion.steps))  # 500, or 500 + 200
+    yield "steps", f"{motion.unfinished}: unfinished" if motion.unfinished else planned
     yield "seed", str(motion.seed)
     yield "size", f"{motion.size[0]}x{motion.size[1]}"
     yield "fps", f"{motion.fps or motion.micro.fps_id + 1:.4g}"

@@ -1,5 +1,6 @@
 """Estimates of memory are never below exact counts of live tensors, and the fastest choice that fits is taken."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -88,8 +89,15 @@ def test_the_modes_need_at_least_what_an_h100_reserved():
 
 
 def test_too_little_memory_is_an_error_before_any_work():
-    with pytest.raises(InputError, match=r"1024x576 and 14 frames need about \d+\.\d GiB .* 4\.0 are free; choose a"):
+    need = r"1024x576 and 14 frames need about \d+\.\d GiB .* \d\.0 are free; choose "
+    with pytest.raises(InputError, match=need + "a smaller model, or --memory low to try it"):
         choose(4)
+    with pytest.raises(InputError, match=need + r"--size \d+x\d+, or --memory low to try it") as refused:
+        choose(7)
+    width, height = map(int, re.findall(r"--size (\d+)x(\d+)", str(refused.value))[0])
+    assert choose(7, size=(width, height)).memory == "low" and abs(width / height - 16 / 9) < 0.3
+    with pytest.raises(InputError):
+        choose(7, size=(width + 64, round((width + 64) * 9 / 16 / 64) * 64))
     assert choose(5, size=(256, 192)).memory != "max"
     assert choose(5, memory="low").memory == "low"  # an order is followed
     with pytest.raises(ValueError, match="unknown memory mode 'all': auto, max, fast, balanced, low"):

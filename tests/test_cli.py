@@ -26,6 +26,7 @@ import minimti
 import sample
 import train
 from minimti import cli, pipeline, signals, threads
+from minimti.checkpoint import load as loading
 from minimti.config import MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
@@ -259,7 +260,7 @@ def test_size_and_micro_conditioning_of_a_sample_are_the_embeddings(work, call, 
 def test_the_model_suits_the_machine_by_default(work, call, monkeypatch, program, args, more):
     seen = []
     monkeypatch.setattr(pipeline, "automatic", lambda device: f"what suits {device}")
-    monkeypatch.setattr(pipeline, "open_checkpoint", lambda model, revision: seen.append(model) or sys.exit(0))
+    monkeypatch.setattr(loading, "open_checkpoint", lambda model, revision: seen.append(model) or sys.exit(0))
     assert call(program, *args, *more, "--device", "cpu")[0] == 0 and seen == ["what suits cpu"]
 
 
@@ -435,6 +436,17 @@ TRAIN = [
     (["ref.mp4", "ref.mp4", "--together", "--cache", "1", "--dry-run", *SMALL_FILE], "2 clips cannot take turns in 1"),
     (["ref.mp4", "--model", "img.png"], "img.png: not a complete safetensors file"),
     (["ref.mp4", "--model", "nothing"], "--model nothing: no such file; name one of svd, svd-xt"),
+    (["ref.mp4", "--model", "svd", "--size", "65x64"], "width and height must be multiples of 64"),
+    (["ref.mp4", "--model", "svd", "--start", "9"], "before --start 9; start earlier"),
+    (
+        ["ref.mp4", "--model", "svd", "--resume"],
+        "m.run: was begun with another --model (small); to go on with it: python",
+    ),
+    (["ref.mp4", "--frames", "1"], "argument --frames: 1 is not in 2..1000"),
+    (["ref.mp4", "--together", "--out", "new/"], "--out new/: name the embedding, a file that ends in .pt"),
+    (["ref.mp4", "--out", "new.mp4"], "--out new.mp4: name the embedding, a file that ends in .pt or .safetensors"),
+    (["http://127.0.0.1/x.mp4"], "http://127.0.0.1/x.mp4: no such file; download it, and name the file"),
+    (["-"], "-: no such file; a pipe is /dev/stdin"),
     (["ref.mp4", "--model", "svd"], "svd: the download from https://huggingface.co failed (OfflineModeIsEnabled"),
     (["ref.mp4", *SMALL_FILE, "--size", "100x64"], "width and height must be multiples of 64"),
     (["ref.mp4", "--size", "big"], "argument --size: invalid"),
@@ -606,7 +618,7 @@ def test_a_killed_run_is_resumed_by_its_command(work, call):
     assert call("train.py", *LONG, "--out", "whole.pt")[0] == 0
     assert torch.equal(Motion.load(work / "killed.pt").tokens, Motion.load(work / "whole.pt").tokens)
     code, _, error = call(*args, "--resume", "--seed", "1")
-    assert code == 2 and "killed.run: is a run of seed 0, not 1" in error
+    assert code == 2 and "killed.run: was begun with another --seed (0); to go on with it: python train.py" in error
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
@@ -632,6 +644,16 @@ def test_a_rerun_renames_what_stands_there_and_says_so(work, call):
     assert (work / "re-1.pt").exists() and (work / "re-1.run" / "settings.json").exists()
 
 
+def test_steps_that_were_added_are_in_the_command_of_the_embedding(work, call):
+    args = ("train.py", "ref.mp4", *SMALL_FILE, "--cache", "1", "--out", "longer.pt")
+    assert call(*args, "--steps", "2")[0] == 0
+    assert not Motion.load("longer.pt").settings["command"].endswith("--resume")
+    assert call(*args, "--steps", "3", "--resume")[0] == 0
+    settings = Motion.load("longer.pt").settings
+    assert settings["steps"] == "2 + 1" and settings["command"].endswith("--steps 3 --resume")
+    assert settings["minimti"] == minimti.__version__
+
+
 def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token(work, call):
     args = ("train.py", "ref.mp4", *SMALL_FILE, "--steps", "3", "--cache", "2")
     assert call(*args, "--out", "plain.pt")[0] == 0
@@ -639,7 +661,7 @@ def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token
     assert code == 0, error
     assert [path.name for path in (work / "shown.run").glob("*.mp4")] == ["preview-00002.mp4"]
     path = work / "shown.run" / "preview-00002.mp4"
-    assert properties(path)[2:5] == (4, 256, 64)
+    assert properties(path)[2:5] == (4, 512, 128)  # enlarged, as results are
     frames = (read_clip(path, SMALL, size=(256, 64)).frames + 1) * 127.5
     clip = (read_clip(work / "ref.mp4", SMALL).frames + 1) * 127.5
     assert (frames[..., :128] - clip).abs().mean() < 4 < (frames[..., 128:] - clip).abs().mean()
@@ -688,6 +710,7 @@ def test_several_clips_give_an_embedding_each_with_one_model(work, call, clips, 
     assert (work / "each/of/up.pt").read_bytes() == before
     assert call(*args, "--resume")[0] == 2  # nothing is left
     assert call("train.py", "up.mp4", *options, "each")[0] == 0  # a folder by now
+    assert call("train.py", "up.mp4", *options, "fresh/")[0] == 0 and (work / "fresh/up.pt").is_file()
     alone, among = Motion.load(work / "each/up.pt"), Motion.load(work / "each/of/up.pt")
     assert torch.equal(alone.tokens, among.tokens) and among.size == (64, 128)
     assert among.settings["clip"] == "up.mp4"
@@ -722,7 +745,7 @@ def test_clips_are_learned_together(work, call, clips):
     svd = minimti.load("small.safetensors", device="cpu")
     assert torch.equal(motion.tokens, pipeline.learn(svd, read, recipe=recipe, num_tokens=2).tokens)
     code, _, error = call("train.py", *clips[::-1], "--together", *SHORT, "--out", "both.pt", "--resume")
-    assert code == 2 and "both.run: is a run of another clip" in error
+    assert code == 2 and "both.run: was begun with another clip, or other times" in error
     code, out, _ = call(*args, "--dry-run")
     assert code == 0 and "both-strip.png: the frames of each clip" in out
     assert Image.open(work / "both-strip.png").size == (4 * 128, 2 * 4 * 64)
@@ -754,6 +777,17 @@ def test_the_second_process_of_torchrun_prints_and_writes_nothing(work, call, mo
     assert (code, out, error) == (0, "", "") and set(work.rglob("*")) == before
     # before anything is written, after each view, before the first step and after each, in each step of the preview
     assert len(met) == 1 + 2 + 1 + 2 + SMALL.num_steps
+
+
+def test_a_log_of_fast_steps_has_no_more_than_a_line_in_two_seconds(capfd, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock) / 4)
+    bars = cli.Bars("img_m")
+    for step in range(1, 13):
+        bars(pipeline.Progress("sample", step, 12))
+    bars.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert 1 < len(lines) < 6 and lines[-1].startswith("img_m: 12/12 [")
 
 
 def test_a_log_gets_a_line_every_few_percent(capfd):

@@ -10,12 +10,23 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from minimti.compare import Cell, check_comparison, clip_cell, grid, page, result_cell, small, write_comparison
+from minimti.compare import (
+    Cell,
+    bar,
+    check_comparison,
+    clip_cell,
+    grid,
+    page,
+    result_cell,
+    small,
+    without_bars,
+    write_comparison,
+)
 from minimti.config import MODELS
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
-from minimti.io.write import write_clip, write_video
+from minimti.io.write import write_clip, write_strip, write_video
 from minimti.motion import Motion
 from minimti.results import Job, write_record
 
@@ -87,6 +98,23 @@ def test_a_clip_is_read_again_where_its_run_folder_is_gone(tmp_path):
     facts["clip"] = ", ".join(f"walk{k}.mp4" for k in range(40))  # of --together: longer than a name may be
     with pytest.raises(InputError, match="nor walk0.mp4, .* is there"):
         clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY)
+
+
+def test_the_bars_of_a_padded_clip_are_cut_off(tmp_path):
+    frames = torch.full((14, 3, 64, 64), -1.0)
+    frames[:, :, :, 20:44] = torch.linspace(0.0, 1.0, 14)[:, None, None, None]
+    frames[0, :, :, 20:22] = -1.0  # black in one frame only
+    (tmp_path / "m.run").mkdir()
+    write_strip(tmp_path / "m.run" / "clip.png", frames[None])
+    cell = clip_cell(str(tmp_path / "m.pt"), embedding(), TINY)
+    assert cell.video.shape == (14, 3, 256, 96) and (cell.video[1:] > 0).all()
+    black = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert torch.equal(without_bars(black), black)
+
+
+def test_labels_have_more_letters_than_english_has():
+    shown = [bar(letter, 60) for letter in "éèßжΩa"]
+    assert all(not torch.equal(a, b) for i, a in enumerate(shown) for b in shown[:i])
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])

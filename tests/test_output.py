@@ -196,7 +196,15 @@ def test_another_fault_keeps_its_traceback():
 
 def outputs(images: list[str], out: str = ".", emb: str | None = None, model: str | None = None) -> list[Path]:
     """The results of a command, whose motion is called m where there is no embedding."""
-    others = {"swap": None, "format": None, "seed": 0, "seeds": 1, "compare": False, "attention": False}
+    others = {
+        "swap": None,
+        "format": None,
+        "seed": 0,
+        "seeds": 1,
+        "compare": False,
+        "attention": False,
+        "unconditional": False,
+    }
     args = argparse.Namespace(images=images, out=out, emb=[emb] if emb else [], model=model, **others)
     return [job.path for job in sample.outputs(args, "m")]
 

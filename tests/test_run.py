@@ -256,16 +256,19 @@ def test_the_folder_is_called_after_the_embedding(out, folder):
 
 
 def test_an_unfinished_run_goes_on_with_the_settings_that_it_was_begun_with(mini_svd, clip, tmp_path):
-    settings = {"clip": digest([clip]), "seed": 0, "lr": 0.01}
+    settings = {"clip": digest([clip]), "seed": 0, "lr": 0.01, "flip": True, "optimizer": "muon"}
     with begun(tmp_path / "m.pt", settings=settings) as run:
         train(mini_svd, clip, run, stop=2)
     for other, message in (
-        ({"seed": 1}, "m.run: is a run of seed 0, not 1; give"),
-        ({"lr": 0.02}, "m.run: is a run of lr 0.01, not 0.02; give"),
-        ({"clip": digest([replace(clip, frames=clip.frames + 0.01)])}, "m.run: is a run of another clip; give"),
-        ({"clip": digest([clip, clip])}, "m.run: is a run of another clip; give"),
+        ({"seed": 1}, r"another --seed \(0\)"),
+        ({"lr": 0.02}, r"another --lr \(0.01\)"),
+        ({"flip": False}, "another --no-flip"),
+        ({"optimizer": "adam", "lr": 0.02}, "another --recipe"),
+        ({"clip": digest([replace(clip, frames=clip.frames + 0.01)])}, "another clip, or other times or another part"),
+        ({"clip": digest([clip, clip])}, "another clip, or other times or another part of it"),
     ):
-        with pytest.raises(InputError, match=message), resumed(tmp_path / "m.pt", settings=settings | other):
+        begun_with = f"m.run: was begun with {message}.*; to go on with it: python train.py ref.mp4 --resume$"
+        with pytest.raises(InputError, match=begun_with), resumed(tmp_path / "m.pt", settings=settings | other):
             pass
     with pytest.raises(InputError, match="made with other weights"):
         with resumed(tmp_path / "m.pt", settings=settings, weights={"w": [0.5, 1.0]}):
@@ -298,7 +301,7 @@ def test_a_run_of_version_0_3_0_goes_on_in_one_process(mini_svd, clip, tmp_path)
         train(mini_svd, clip, run, stop=2)
     with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1}) as (_, state):
         assert state.steps == 2
-    with pytest.raises(InputError, match="is a run of ranks 1, not 2"):
+    with pytest.raises(InputError, match="was begun with another number of processes"):
         with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 2}):
             pass
 
@@ -417,10 +420,19 @@ def test_the_pictures_show_the_clip_and_the_losses(mini_svd, clip, tmp_path):
     assert Image.open(tmp_path / "n.run" / "clip.png").size == (2 * 256, 3 * 128)
 
 
+def test_the_curve_is_called_after_its_run(mini_svd, clip, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: titles.append(figure.axes[0]))
+    monkeypatch.setattr("minimti.io.files._permit", lambda part: part.touch())
+    with begun(tmp_path / "m.pt") as run:
+        train(mini_svd, clip, run)
+    assert [axes.get_title() for axes in titles] == ["m.run"]
+
+
 def test_a_curve_has_a_line_where_steps_were_added(tmp_path):
     log = [{"step": step, "loss": 1 / step, "seconds": step} for step in range(1, 9)]
     for name, legs in (("one", [8]), ("two", [4, 4])):
-        draw_losses(tmp_path / name, log, legs)
+        draw_losses(tmp_path / name, log, legs, "m.run")
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
 
 

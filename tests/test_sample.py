@@ -232,6 +232,9 @@ REFUSED = [
     (["--emb", "m.pt", "a.png", "--seeds", "0"], "argument --seeds: 0 is not in"),
     (["--emb", "m.pt", "a.png", "--format", "avi"], "argument --format: invalid choice: 'avi'"),
     (["--swap", "nothing.png", "a.png"], "nothing.png: no such file"),
+    (["--model", "svd", "a.png", "--out", "x.mov"], "--out x.mov: name a folder, or a file that ends in .mp4 or .gif"),
+    (["--model", "svd", "a.png", "--size", "65x64"], "--size 65x64: width and height must be multiples of 64"),
+    (["--model", "svd", "--emb", "m.pt", "a.png"], "the embedding is for model 'tiny' (token width 64), not for 'svd'"),
 ]
 
 
@@ -295,6 +298,38 @@ def test_attention_is_drawn_beside_the_result(folder, call, monkeypatch):
     assert call(*args)[0] == 0 and Path("a_m.mp4.json").read_bytes() == video_before  # looking changes nothing
 
 
+def test_a_picture_of_attention_never_stands_beside_another_video(folder, made, call, monkeypatch):
+    """It goes with the video that it was drawn with, and a picture of somebody else's stays."""
+    monkeypatch.setattr(attention_maps.AttentionMaps, "mean", lambda maps: len(made))
+    monkeypatch.setattr(attention_maps, "write_attention", lambda path, video, drawn: path.write_text(str(drawn)))
+    args, picture = ["--emb", "m.pt", "a.png"], Path("a_m_attention.png")
+    assert call(*args, "--attention", "--steps", "4")[0] == 0 and picture.read_text() == "1"
+    assert call(*args, "--steps", "4")[0] == 0 and picture.is_file() and len(made) == 1  # kept, both
+    code, out, _ = call(*args, "--steps", "2")
+    assert code == 0 and not picture.exists() and out.endswith("seed 0, in place of one that was made otherwise\n")
+    assert call(*args, "--steps", "2", "--attention")[0] == 0 and picture.read_text() == "3"
+    picture.write_text("a drawing")
+    assert call(*args, "--steps", "3")[0] == 0 and picture.read_text() == "a drawing"
+    assert call(*args, "--steps", "3", "--attention")[0] == 0 and picture.read_text() == "5"
+
+
+def test_names_tell_apart_what_differs_in_its_suffix_or_lacks_its_image(folder, made, call):
+    Image.new("RGB", (64, 64), "red").save("photos/b.png")
+    assert call("--emb", "m.pt", "photos", "--out", "r")[0] == 0
+    assert videos("r") == ["b.jpg_m.mp4", "b.png_m.mp4", "c_m.mp4"]
+    for more in ([], ["--unconditional"]):
+        code, out, error = call("--emb", "m.pt", "a.png", *more)
+        assert code == 0 and "in place of" not in out, error
+    assert videos(".") == ["a_m.mp4", "a_m_unconditional.mp4"]
+
+
+def test_an_unfinished_embedding_is_noted(folder, made, call):
+    replace(motion_of(0), total_steps=9).save("m.pt")
+    code, out, _ = call("--emb", "m.pt", "--emb", "n.pt", "a.png")
+    assert code == 0 and out.count("unfinished") == 1
+    assert "note       m.pt: is unfinished, after 5 of 9 steps" in out
+
+
 def test_the_schedule_reaches_the_sampler(folder, made, call, monkeypatch):
     """Refused for tiny; on a model with SVD's noise levels it is handed on."""
     from minimti.checkpoint import load as loading
@@ -305,7 +340,7 @@ def test_the_schedule_reaches_the_sampler(folder, made, call, monkeypatch):
         checkpoint = opened(model, revision)
         return replace(checkpoint, config=replace(checkpoint.config, sigma_max=700.0))
 
-    monkeypatch.setattr(pipeline, "open_checkpoint", as_svd)
+    monkeypatch.setattr(loading, "open_checkpoint", as_svd)
     assert call("--emb", "m.pt", "a.png", "--schedule", "ays", "--steps", "10")[0] == 0
     assert made[0]["schedule"] == "ays" and made[0]["steps"] == 10
 

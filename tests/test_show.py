@@ -50,6 +50,15 @@ def test_an_embedding_says_what_it_was_learned_from(call, name):
     assert call(name)[1]["strip"].startswith("m.run/clip.png")
 
 
+def test_steps_that_were_added_are_told_apart(call):
+    facts = {"steps": "500 + 200", "minimti": "0.4.0"}
+    Motion(torch.zeros(15, 5, 64), 14, "tiny", TINY.micro, (64, 64), 700, 9, total_steps=700, settings=facts).save(
+        "m.pt"
+    )
+    found = call("m.pt")[1]
+    assert found["steps"] == "500 + 200" and found["minimti"] == "0.4.0"
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a", "a.mp4.json"])
 def test_a_result_says_how_it_was_made(call, name):
     result = Path(name.removesuffix(".json"))

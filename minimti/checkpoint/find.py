@@ -49,8 +49,7 @@ def locate(model: str, weights: Path = WEIGHTS, revision: str | None = None) -> 
     Raises InputError where there is no such file and none can be downloaded, and for the revision of another model.
     """
     if model in REPOSITORIES:
-        local = None if revision else _local(model, weights)
-        return local or _cached(model, revision) or _download(model, revision), MODELS[model]
+        return here(model, weights, revision) or _download(model, revision), MODELS[model]
     if revision:
         raise InputError(f"--revision {revision}: only {', '.join(REPOSITORIES)} have revisions, not {model}")
     if model in MODELS:
@@ -81,11 +80,16 @@ def automatic(device: "torch.device", weights: Path = WEIGHTS) -> str:
     """
     for model in REPOSITORIES:
         try:
-            if _local(model, weights) or _cached(model, None):
+            if here(model, weights):
                 return model
         except InputError as error:
             warnings.warn(str(error), stacklevel=2)
     return "svd" if device.type == "cuda" else "tiny"
+
+
+def here(model: str, weights: Path = WEIGHTS, revision: str | None = None) -> Path | None:
+    """The file or folder of an official model on this machine, as `locate` finds it. Raises InputError as it does."""
+    return (None if revision else _local(model, weights)) or _cached(model, revision)
 
 
 def _local(model: str, weights: Path) -> Path | None:

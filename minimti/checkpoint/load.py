@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minimti.checkpoint.find import folder_paths, locate, revision_of
+from minimti.checkpoint.find import REPOSITORIES, folder_paths, here, locate, revision_of
 from minimti.checkpoint.key_maps import (
     FOLDER_IMAGE_ENCODER,
     OFFICIAL_DROPS,
@@ -23,7 +23,7 @@ from minimti.checkpoint.key_maps import (
     folder_source,
     official_source,
 )
-from minimti.config import SVDConfig, from_json, printable
+from minimti.config import MODELS, SVDConfig, from_json, printable
 from minimti.io.files import InputError, require_file
 
 if TYPE_CHECKING:
@@ -166,6 +166,12 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
                 f"{path}: the configuration in its metadata cannot be read ({printable(str(error), 300)})"
             ) from error
     return Checkpoint(path, config, tensors)
+
+
+def configuration(model: str, revision: str | None = None) -> SVDConfig:
+    """That of `open_checkpoint`, without a download: of an official model that is not here, its own is known."""
+    is_here = model not in REPOSITORIES or here(model, revision=revision)
+    return open_checkpoint(model, revision).config if is_here else MODELS[model]
 
 
 def load_into(

@@ -147,7 +147,9 @@ class VideoFile:
             formats = "mp4, mov, mkv, webm, avi, ts, gif and the like"
             raise InputError(f"{self.path}: cannot be read as a video; these can: {formats}") from error
         except FAULTS as error:
-            raise InputError(f"{self.path}: cannot be read as a video ({_reason(error)})") from error
+            raise InputError(
+                f"{self.path}: cannot be read as a video ({_reason(error)}); name one, or a folder of pictures"
+            ) from error
 
     def _best(self, container: InputContainer) -> VideoStream:
         """The stream that a player would show: no picture (a cover, an AVIF's still), marked as default, large."""

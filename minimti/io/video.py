@@ -112,9 +112,10 @@ def read_clip(
 
 def check_source(path: str | Path) -> None:
     """Raises InputError where there is no such file, folder or picture of a pattern. Opens no pipe."""
-    path = Path(path)
-    if find_pictures(path) is None and not os.path.exists(path):
-        raise InputError(f"{path}: no such file")
+    if find_pictures(Path(path)) is None and not os.path.exists(path):
+        is_address = "://" in os.fspath(path)
+        advice = "; download it, and name the file" if is_address else "; a pipe is /dev/stdin" * (str(path) == "-")
+        raise InputError(f"{path}: no such file{advice}")
 
 
 def _open(path: Path, rate: float) -> Any:
