@@ -155,7 +155,7 @@ def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
     if args.compare:
         from minimti.compare import check_comparison
 
-        check_comparison(jobs[0].path.parent, jobs[0].path.suffix, *args.images, *inputs)
+        check_comparison(jobs[0].path.parent, jobs[0].suffix, *args.images, *inputs)
     return jobs
 
 
@@ -219,14 +219,14 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
         return f"{cli.printable(job.path)}: is there, made from the same, and kept"
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
     options |= {"schedule": args.schedule, "seed": job.seed, "micro": micro, "unconditional": args.unconditional}
-    replaced = job.path.exists()
+    replaced = job.path.exists() and not is_made(job, made_from)
     bars = cli.Bars(job.path.stem)
     with AttentionMaps(svd, num_frames) if args.attention else nullcontext() as maps:
         video = animate(svd, motion, image, progress=bars, memory=args.memory, **options)
     bars.close()
     frames = enlarged(cut(video, placement))
-    write_video(job.path, frames, fps, json.dumps({**known, "made from": made_from}))
     remove_attention(job)
+    write_video(job.path, frames, fps, json.dumps({**known, "made from": made_from}))
     if maps is not None:
         write_attention(job.attention, video, maps.mean())
     write_record(job, made_from, known["about"], args.attention)
@@ -238,18 +238,19 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
 def compare(args: argparse.Namespace, jobs: "list[Job]", motions: "list[Motion]", config: "SVDConfig") -> None:
     """Puts all results beside the clips of their motions."""
     from minimti.compare import clip_cell, result_cell, write_comparison
+    from minimti.results import distinct
 
-    rows = []
+    rows, names = [], distinct(args.emb)
     for index in sorted({job.motion for job in jobs}, key=lambda motion: motion or 0):
         row = []
         if args.emb:
             try:
-                row.append(clip_cell(args.emb[index], motions[index], config))
+                row.append(clip_cell(args.emb[index], motions[index], config, names[index]))
             except InputError as error:
                 print(f"note       {error}")
         row += [result_cell(job) for job in jobs if job.motion == index]
         rows.append(row)
-    grid, page = write_comparison(jobs[0].path.parent, jobs[0].path.suffix, rows)
+    grid, page = write_comparison(jobs[0].path.parent, jobs[0].suffix, rows)
     print(f"comparison {cli.printable(grid)}, and to be opened in a browser: {cli.printable(page)}")
 
 

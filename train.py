@@ -88,8 +88,8 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("learning")
     learning = group.add_argument
     recipe = (
-        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and a third of the error"
-        " on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
+        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and three quarters of the"
+        " error on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
     )
     learning("--recipe", choices=RECIPES, help=recipe)
     learning("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the recipe's)")
@@ -131,12 +131,13 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
     inputs = [*args.clips, args.model or ""]
     several = len(args.clips) > 1 and not args.together
     out = args.out if args.out is not None else "." if several else "m.pt"
-    if not several and (args.together or not (os.path.isdir(out) or out.endswith(os.sep))):
+    is_folder = out.endswith(("/", os.sep))  # one that need not be there yet
+    if not several and (args.together or not (os.path.isdir(out) or is_folder)):
         path = check_writable(out, *inputs)
-        if path.suffix.lower() in OTHER_SUFFIXES or out.endswith(os.sep):
+        if path.suffix.lower() in OTHER_SUFFIXES or is_folder:
             raise InputError(f"--out {out}: name the embedding, a file that ends in .pt or .safetensors")
         return [(path, args.clips)]
-    if several and (Path(out).suffix in (".pt", ".safetensors") or os.path.isfile(out)):
+    if several and (Path(out).suffix.lower() in (".pt", ".safetensors", *OTHER_SUFFIXES) or os.path.isfile(out)):
         advice = "name a folder, or learn one from all with --together"
         raise InputError(f"--out {out}: one file cannot hold {len(args.clips)} embeddings; {advice}")
     check_folder(out)

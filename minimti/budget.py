@@ -107,11 +107,12 @@ def plan(
 
 
 def _smaller_sizes(size: tuple[int, int], multiple: int) -> Iterator[tuple[int, int]]:
-    """Sizes of about the same shape whose sides are multiples of a number, the largest first."""
+    """Sizes of the same shape, within a fifth, whose sides are multiples of a number, the largest first."""
     longer = max(size)
     for length in range(longer - multiple, 0, -multiple):
         width, height = (max(1, round(side * length / longer / multiple)) * multiple for side in size)
-        yield width, height
+        if 0.8 < width / height * size[1] / size[0] < 1.25:
+            yield width, height
 
 
 def budget_of(memory: str, num_frames: int, device: str = "cuda") -> Budget:

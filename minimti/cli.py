@@ -198,7 +198,7 @@ class Bars:
     LABELS = {"encode": "encoding", "learn": "inversion"}
     TEXT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     LINES = 20  # lines of a stage in a log, at most
-    SECONDS = 2.0  # between two of them, at least, in "encode" and "sample"; the last comes in any case
+    SECONDS = 2.0  # between two of them, at least, in all stages but "learn"; the last comes in any case
 
     def __init__(self, label: str = ""):
         self.label, self.stage = label, ""  # the label of stages that have none of their own

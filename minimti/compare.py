@@ -83,14 +83,16 @@ def result_cell(job: Job) -> Cell:
     return Cell(job.label, torch.stack([shown[index][1] for index in last]), fps)
 
 
-def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
+def clip_cell(emb: str, motion: Motion, config: SVDConfig, name: str) -> Cell:
     """The clip that an embedding was learned from: the strip of its run folder, or the file, where that is still there.
+
+    `name` is that of the embedding in the label.
 
     Raises InputError where neither is there.
     """
     strip, source = Run(emb, save_every=1).path("clip.png"), motion.settings.get("clip", "")
     fps = motion.fps or motion.micro.fps_id + 1
-    label = f"{Path(emb).stem}: the clip"
+    label = f"{name}: the clip"
     if strip.is_file():
         with Image.open(strip) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
@@ -108,10 +110,18 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig) -> Cell:
 
 
 def without_bars(frames: Tensor) -> Tensor:
-    """[F, 3, H, W] without the rows and columns at its edges that are black in all frames, as those of --fit pad."""
+    """[F, 3, H, W] without the bars of --fit pad: rows or columns that are black in all frames, equal on both sides."""
     bright = frames.amax(dim=(0, 1)) > 0  # [H, W]
     rows, columns = (bright.any(dim).nonzero()[:, 0].tolist() for dim in (1, 0))
-    return frames[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if rows else frames
+    if not rows:
+        return frames
+    top, bottom = rows[0], frames.shape[-2] - 1 - rows[-1]
+    left, right = columns[0], frames.shape[-1] - 1 - columns[-1]
+    if left == right == 0 and abs(top - bottom) <= 1:
+        return frames[..., top : frames.shape[-2] - bottom, :]
+    if top == bottom == 0 and abs(left - right) <= 1:
+        return frames[..., left : frames.shape[-1] - right]
+    return frames
 
 
 def small(frame: Tensor) -> Tensor:

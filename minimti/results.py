@@ -36,9 +36,15 @@ class Job:
         return record_of(self.path)
 
     @property
+    def suffix(self) -> str:
+        """The end of the result's name: .mp4, .gif, or "" for a folder of frames, whose name may hold any dots."""
+        return suffix if (suffix := self.path.suffix.lower()) in SUFFIXES.values() else ""
+
+    @property
     def attention(self) -> Path:
         """The picture of --attention."""
-        return self.path.with_name(f"{self.path.stem}_attention.png")
+        name = self.path.stem if self.suffix else self.path.name
+        return self.path.with_name(f"{name}_attention.png")
 
 
 def plan(
@@ -60,7 +66,7 @@ def plan(
     out            a folder, or the file of the only result
     form           "mp4", "gif" or "png"
     learned        whether the motions are embeddings
-    unconditional  whether the results show the motion alone, of an image only its size
+    unconditional  whether the results show the motion alone
     inputs         files that are read, besides the images
 
     Raises InputError where a result would replace another or an input, or cannot be written.
@@ -70,7 +76,7 @@ def plan(
         for i, image in enumerate(distinct(images) or [None]):
             for seed in seeds:
                 name = "_".join([*([image] if image else []), motion, *(["unconditional"] if unconditional else [])])
-                label = "motion alone" if unconditional or image is None else image
+                label = "motion alone" if image is None or (unconditional and learned) else image
                 if len(motions) > 1:
                     label = f"{motion}: {label}"
                 if len(seeds) > 1:
@@ -105,10 +111,10 @@ def plan(
 
 
 def distinct(paths: Sequence[str]) -> list[str]:
-    """The names of files without folder and suffix; with the suffix where this tells apart what would be the same."""
+    """The names of files without folder and suffix; b_jpg and b_png where only the suffix tells them apart."""
     names, stems = [Path(path).name for path in paths], [Path(path).stem for path in paths]
     unlike = [stems.count(stem) > 1 and names.count(name) == 1 for name, stem in zip(names, stems)]
-    return [name if other else stem for name, stem, other in zip(names, stems, unlike)]
+    return [stem + Path(name).suffix.replace(".", "_") * other for name, stem, other in zip(names, stems, unlike)]
 
 
 def record_of(result: Path) -> Path:
@@ -131,7 +137,7 @@ def is_made(job: Job, made_from: Mapping[str, Any], attention: bool = False) -> 
 
 
 def remove_attention(job: Job) -> None:
-    """Removes the picture of attention that belongs to the result which the record is of."""
+    """Removes the picture of attention that the record of a job names, if it is unchanged."""
     with suppress(InputError, KeyError, OSError):
         if read_record(job.record)["attention"] == digest(job.attention):
             job.attention.unlink()

@@ -43,15 +43,6 @@ SMOOTHED = 50  # losses in the mean that the curve shows
 DRAW_SECONDS = 60  # at least so long between two drawings of the curve while training: one takes half a second
 STRIP_HEIGHT = 128  # pixels: the height of a frame in clip.png, at most
 
-# What differs between two runs, by the name of a setting that is not that of its option.
-DIFFERENCES = {
-    "clip": "another clip, or other times or another part of it",
-    "flip": "another --no-flip",
-    "optimizer": "another --recipe",
-    "num_cached_views": "another --cache",
-    "ranks": "another number of processes",
-}
-
 
 class NothingLeft(InputError):
     """The run has taken all of its steps."""
@@ -143,9 +134,11 @@ class Run:
         except Exception as error:  # a damaged file can make the unpickler raise anything
             raise InputError(f"{self.folder}: its files are damaged; leave --resume out to begin again") from error
         if differing:
-            name = "optimizer" if "optimizer" in differing else differing[0]  # others follow from it
-            what = DIFFERENCES.get(name) or f"another --{name.replace('_', '-')} ({begun.get(name)})"
-            raise InputError(f"{self.folder}: was begun with {what}; to go on with it: {command} --resume")
+            name = min(differing, key=lambda name: (name != "model", name != "optimizer"))  # others follow from these
+            if name == "model" and "--model" not in command:  # then its choice depends on what is on this machine
+                command += f" --model {begun[name]}"
+            advice = f"to go on with it: {command} --resume" if len(self.legs) == 1 else "give what it was begun with"
+            raise InputError(f"{self.folder}: was begun {_how(name, begun.get(name))}; {advice}")
         done = state.steps if state else 0
         if done < self.steps and steps not in (None, self.steps):
             raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
@@ -355,6 +348,18 @@ def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int], title:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
     axes.legend()
     figure.savefig(path, format="png", dpi=100)
+
+
+def _how(setting: str, value: Any) -> str:
+    """The option that gives a setting its value: "with --seed 0"."""
+    if setting == "clip":
+        return "with another clip, or other times or another part of it"
+    if setting == "ranks":
+        return f"in {value} process{'es' * (value != 1)}"
+    if setting == "flip":
+        return "without --no-flip" if value else "with --no-flip"
+    option = {"optimizer": "recipe", "num_cached_views": "cache"}.get(setting, setting.replace("_", "-"))
+    return f"without --{option}" if value is None else f"with --{option} {'paper' if value == 'adam' else value}"
 
 
 def _folder(out: Path) -> Path:

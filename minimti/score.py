@@ -207,7 +207,8 @@ def main() -> None:
         clip = read_clip(kept, config, num_frames=count, size=motion.size, stride=1)
     like = replace(config, size=motion.size)  # a result has this size, upright where its image is
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what is cut off: a result of another shape is measured in its middle
+        # A result of another shape is measured in its middle; there is no option for another part.
+        warnings.filterwarnings("ignore", message=".* of the picture is used")
         results = [read_clip(path, like, num_frames=count, stride=1).frames for path in args.results]
 
     checkpoint = cli.find_model(args, model)

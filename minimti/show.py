@@ -23,7 +23,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Prints what is known of the file, a line each."""
     path = Path(parse().file)
-    found = about_embedding(path) if path.suffix in (".pt", ".safetensors") else about_result(path)
+    is_embedding = path.suffix in (".pt", ".safetensors") and not path.is_dir()
+    found = about_embedding(path) if is_embedding else about_result(path)
     lines = [(cli.printable(name), cli.printable(text)) for name, text in found]
     width = max((len(name) for name, _ in lines), default=0)
     for name, text in lines:

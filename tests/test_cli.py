@@ -427,6 +427,7 @@ TRAIN = [
     (["ref.mp4", "img.png", "--together", *SMALL_FILE], "img.png: only one frame is there"),
     (["ref.mp4", "copy/ref.mp4"], "2 clips would all become ref.pt; learn them apart, with an --out each"),
     (["ref.mp4", "up.mp4", "--out", "x.pt"], "x.pt: one file cannot hold 2 embeddings; name a folder, or learn one"),
+    (["ref.mp4", "up.mp4", "--out", "x.mp4"], "x.mp4: one file cannot hold 2 embeddings; name a folder"),
     (["ref.mp4", "up.mp4", "--out", "ref.txt"], "ref.txt: one file cannot hold 2 embeddings; name a folder"),
     (["ref.mp4", "up.mp4", "--out", "img.png/new"], "img.png/new: cannot be made a folder (Not a directory)"),
     (["ref.mp4", "up.mp4", "--out", "copy", "--model", "copy/up.pt"], "copy/up.pt: is an input; name another file"),
@@ -440,12 +441,12 @@ TRAIN = [
     (["ref.mp4", "--model", "svd", "--start", "9"], "before --start 9; start earlier"),
     (
         ["ref.mp4", "--model", "svd", "--resume"],
-        "m.run: was begun with another --model (small); to go on with it: python",
+        "m.run: was begun with --model small; to go on with it: python",
     ),
     (["ref.mp4", "--frames", "1"], "argument --frames: 1 is not in 2..1000"),
     (["ref.mp4", "--together", "--out", "new/"], "--out new/: name the embedding, a file that ends in .pt"),
     (["ref.mp4", "--out", "new.mp4"], "--out new.mp4: name the embedding, a file that ends in .pt or .safetensors"),
-    (["http://127.0.0.1/x.mp4"], "http://127.0.0.1/x.mp4: no such file; download it, and name the file"),
+    (["http://127.0.0.1/watch?v=1"], "http://127.0.0.1/watch?v=1: is an address; download it, and name the file"),
     (["-"], "-: no such file; a pipe is /dev/stdin"),
     (["ref.mp4", "--model", "svd"], "svd: the download from https://huggingface.co failed (OfflineModeIsEnabled"),
     (["ref.mp4", *SMALL_FILE, "--size", "100x64"], "width and height must be multiples of 64"),
@@ -618,7 +619,7 @@ def test_a_killed_run_is_resumed_by_its_command(work, call):
     assert call("train.py", *LONG, "--out", "whole.pt")[0] == 0
     assert torch.equal(Motion.load(work / "killed.pt").tokens, Motion.load(work / "whole.pt").tokens)
     code, _, error = call(*args, "--resume", "--seed", "1")
-    assert code == 2 and "killed.run: was begun with another --seed (0); to go on with it: python train.py" in error
+    assert code == 2 and "killed.run: was begun with --seed 0; to go on with it: python train.py" in error
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])

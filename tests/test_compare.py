@@ -85,19 +85,19 @@ def test_a_clip_is_read_again_where_its_run_folder_is_gone(tmp_path):
     noise = torch.randint(0, 256, (30, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     write_clip(tmp_path / "ref.mp4", noise, 10)
     facts = {"clip": str(tmp_path / "ref.mp4"), "times": "0.50 to 1.80 s of 3.0 s, 10 fps"}
-    cell = clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts, fps=10.0), TINY)
+    cell = clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts, fps=10.0), TINY, "m")
     clip = read_clip(tmp_path / "ref.mp4", TINY, start=0.5, end=1.8)
     assert torch.equal(cell.video[:, :, ::4, ::4], to_uint8(clip.frames)) and cell.fps == 10 and cell.is_clip
     (tmp_path / "ref.mp4").unlink()
     with pytest.raises(
         InputError, match="neither .*m.run/clip.png nor .*ref.mp4 is there; the comparison goes without"
     ):
-        clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY)
+        clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY, "m")
     with pytest.raises(InputError, match="no .*m.run/clip.png is there"):
-        clip_cell(str(tmp_path / "m.pt"), embedding(), TINY)
+        clip_cell(str(tmp_path / "m.pt"), embedding(), TINY, "m")
     facts["clip"] = ", ".join(f"walk{k}.mp4" for k in range(40))  # of --together: longer than a name may be
     with pytest.raises(InputError, match="nor walk0.mp4, .* is there"):
-        clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY)
+        clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY, "m")
 
 
 def test_the_bars_of_a_padded_clip_are_cut_off(tmp_path):
@@ -106,10 +106,13 @@ def test_the_bars_of_a_padded_clip_are_cut_off(tmp_path):
     frames[0, :, :, 20:22] = -1.0  # black in one frame only
     (tmp_path / "m.run").mkdir()
     write_strip(tmp_path / "m.run" / "clip.png", frames[None])
-    cell = clip_cell(str(tmp_path / "m.pt"), embedding(), TINY)
+    cell = clip_cell(str(tmp_path / "m.pt"), embedding(), TINY, "m")
     assert cell.video.shape == (14, 3, 256, 96) and (cell.video[1:] > 0).all()
-    black = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    assert torch.equal(without_bars(black), black)
+    night = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert torch.equal(without_bars(night), night)
+    night[0, :, 2:5, 3:7] = 1  # in the dark on all sides: no bars
+    assert torch.equal(without_bars(night), night)
+    assert without_bars(torch.nn.functional.pad(night[..., 2:5, 3:7], (0, 0, 2, 1))).shape == (2, 3, 3, 4)
 
 
 def test_labels_have_more_letters_than_english_has():

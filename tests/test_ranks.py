@@ -193,4 +193,4 @@ def test_torchrun_learns_one_embedding(tmp_path):
     assert (tmp_path / "m.run" / "preview-00002.mp4").is_file() and Motion.load(tmp_path / "m.pt").steps == 3
     assert json.loads((tmp_path / "m.run" / "settings.json").read_text())["settings"]["ranks"] == 2
     alone = subprocess.run([sys.executable, *train, "--resume", "--steps", "5"], **settings)
-    assert alone.returncode == 2 and "m.run: was begun with another number of processes" in alone.stderr
+    assert alone.returncode == 2 and "m.run: was begun in 2 processes; to go on with it: torchrun" in alone.stderr

@@ -256,19 +256,28 @@ def test_the_folder_is_called_after_the_embedding(out, folder):
 
 
 def test_an_unfinished_run_goes_on_with_the_settings_that_it_was_begun_with(mini_svd, clip, tmp_path):
-    settings = {"clip": digest([clip]), "seed": 0, "lr": 0.01, "flip": True, "optimizer": "muon"}
+    settings = {"clip": digest([clip]), "seed": 0, "lr": 0.01, "flip": True}
+    settings |= {"dtype": None, "optimizer": "muon", "model": "tiny"}
     with begun(tmp_path / "m.pt", settings=settings) as run:
         train(mini_svd, clip, run, stop=2)
     for other, message in (
-        ({"seed": 1}, r"another --seed \(0\)"),
-        ({"lr": 0.02}, r"another --lr \(0.01\)"),
-        ({"flip": False}, "another --no-flip"),
-        ({"optimizer": "adam", "lr": 0.02}, "another --recipe"),
-        ({"clip": digest([replace(clip, frames=clip.frames + 0.01)])}, "another clip, or other times or another part"),
-        ({"clip": digest([clip, clip])}, "another clip, or other times or another part of it"),
+        ({"seed": 1}, "with --seed 0"),
+        ({"lr": 0.02}, "with --lr 0.01"),
+        ({"flip": False}, "without --no-flip"),
+        ({"dtype": "float16"}, "without --dtype"),
+        ({"optimizer": "adam", "lr": 0.02}, "with --recipe muon"),
+        (
+            {"clip": digest([replace(clip, frames=clip.frames + 0.01)])},
+            "with another clip, or other times or another p",
+        ),
+        ({"clip": digest([clip, clip])}, "with another clip, or other times or another part of it"),
     ):
-        begun_with = f"m.run: was begun with {message}.*; to go on with it: python train.py ref.mp4 --resume$"
+        begun_with = f"m.run: was begun {message}.*; to go on with it: python train.py ref.mp4 --resume$"
         with pytest.raises(InputError, match=begun_with), resumed(tmp_path / "m.pt", settings=settings | other):
+            pass
+    chosen = "was begun with --model tiny; to go on with it: python train.py ref.mp4 --model tiny --resume$"
+    with pytest.raises(InputError, match=chosen):  # and svd has another recipe
+        with resumed(tmp_path / "m.pt", settings=settings | {"optimizer": "adam", "model": "svd"}):
             pass
     with pytest.raises(InputError, match="made with other weights"):
         with resumed(tmp_path / "m.pt", settings=settings, weights={"w": [0.5, 1.0]}):
@@ -301,7 +310,7 @@ def test_a_run_of_version_0_3_0_goes_on_in_one_process(mini_svd, clip, tmp_path)
         train(mini_svd, clip, run, stop=2)
     with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1}) as (_, state):
         assert state.steps == 2
-    with pytest.raises(InputError, match="was begun with another number of processes"):
+    with pytest.raises(InputError, match="was begun in 1 process; to go on with it"):
         with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 2}):
             pass
 

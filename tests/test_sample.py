@@ -299,7 +299,7 @@ def test_attention_is_drawn_beside_the_result(folder, call, monkeypatch):
 
 
 def test_a_picture_of_attention_never_stands_beside_another_video(folder, made, call, monkeypatch):
-    """It goes with the video that it was drawn with, and a picture of somebody else's stays."""
+    """It goes with the video that it was drawn with; a picture that no record names stays."""
     monkeypatch.setattr(attention_maps.AttentionMaps, "mean", lambda maps: len(made))
     monkeypatch.setattr(attention_maps, "write_attention", lambda path, video, drawn: path.write_text(str(drawn)))
     args, picture = ["--emb", "m.pt", "a.png"], Path("a_m_attention.png")
@@ -307,17 +307,26 @@ def test_a_picture_of_attention_never_stands_beside_another_video(folder, made, 
     assert call(*args, "--steps", "4")[0] == 0 and picture.is_file() and len(made) == 1  # kept, both
     code, out, _ = call(*args, "--steps", "2")
     assert code == 0 and not picture.exists() and out.endswith("seed 0, in place of one that was made otherwise\n")
-    assert call(*args, "--steps", "2", "--attention")[0] == 0 and picture.read_text() == "3"
+    code, out, _ = call(*args, "--steps", "2", "--attention")
+    assert code == 0 and picture.read_text() == "3" and "in place of" not in out  # the video is made from the same
     picture.write_text("a drawing")
     assert call(*args, "--steps", "3")[0] == 0 and picture.read_text() == "a drawing"
     assert call(*args, "--steps", "3", "--attention")[0] == 0 and picture.read_text() == "5"
 
 
-def test_names_tell_apart_what_differs_in_its_suffix_or_lacks_its_image(folder, made, call):
+def test_names_tell_apart_what_differs_in_its_suffix_or_lacks_its_image(folder, made, call, monkeypatch):
+    monkeypatch.setattr(attention_maps.AttentionMaps, "mean", lambda maps: len(made))
+    monkeypatch.setattr(attention_maps, "write_attention", lambda path, video, drawn: path.write_text(str(drawn)))
     Image.new("RGB", (64, 64), "red").save("photos/b.png")
     assert call("--emb", "m.pt", "photos", "--out", "r")[0] == 0
-    assert videos("r") == ["b.jpg_m.mp4", "b.png_m.mp4", "c_m.mp4"]
-    for more in ([], ["--unconditional"]):
+    assert videos("r") == ["b_jpg_m.mp4", "b_png_m.mp4", "c_m.mp4"]
+    Path("photos/b.png").rename("photos/b.v2.png")
+    for _ in range(2):  # a folder of frames may have a dot in its name
+        args = ("--emb", "m.pt", "photos", "--out", "s", "--format", "png", "--compare", "--attention")
+        assert call(*args)[0] == 0 and Path("s/grid").is_dir()
+    pictures = [f"{name}_m_attention.png" for name in ("b.v2", "b", "c")]
+    assert [name for name in names("s") if name.endswith(".png")] == pictures
+    for more in ([], ["--unconditional"]):  # the second needs another name
         code, out, error = call("--emb", "m.pt", "a.png", *more)
         assert code == 0 and "in place of" not in out, error
     assert videos(".") == ["a_m.mp4", "a_m_unconditional.mp4"]

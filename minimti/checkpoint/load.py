@@ -169,7 +169,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def configuration(model: str, revision: str | None = None) -> SVDConfig:
-    """That of `open_checkpoint`, without a download: of an official model that is not here, its own is known."""
+    """The configuration that `open_checkpoint` finds; for an official model that is not on this machine, its own.
+
+    Nothing is downloaded. Raises InputError as `open_checkpoint` does.
+    """
     is_here = model not in REPOSITORIES or here(model, revision=revision)
     return open_checkpoint(model, revision).config if is_here else MODELS[model]
 

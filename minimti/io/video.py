@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,10 @@ def read_clip(
 
 def check_source(path: str | Path) -> None:
     """Raises InputError where there is no such file, folder or picture of a pattern. Opens no pipe."""
+    if re.match(r"[a-z]+://", str(path)):
+        raise InputError(f"{path}: is an address; download it, and name the file")
     if find_pictures(Path(path)) is None and not os.path.exists(path):
-        is_address = "://" in os.fspath(path)
-        advice = "; download it, and name the file" if is_address else "; a pipe is /dev/stdin" * (str(path) == "-")
-        raise InputError(f"{path}: no such file{advice}")
+        raise InputError(f"{path}: no such file" + "; a pipe is /dev/stdin" * (str(path) == "-"))
 
 
 def _open(path: Path, rate: float) -> Any:
