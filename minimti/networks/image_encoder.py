@@ -23,7 +23,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def build(config: ImageEncoderConfig) -> "VisionTransformer":
     """open_clip's VisionTransformer: CLIP-normalised [B, 3, S, S] -> embeddings [B, embed_dim], not of unit length."""
-    from open_clip.transformer import VisionTransformer  # here because it is slow to import
+    # The import is here because it is slow. It runs PyTorch's compiler once, which PyTorch 2.6 cannot do on "meta".
+    with torch.device("cpu"):
+        from open_clip.transformer import VisionTransformer
 
     return VisionTransformer(
         image_size=config.image_size,

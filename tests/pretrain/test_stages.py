@@ -481,6 +481,10 @@ def test_layers_over_time_start_as_identities():
 def test_every_loss_runs_on_the_device_of_the_model(stage):
     """On fake tensors of a GPU, where an operator on tensors of two devices is an error, as on a real one."""
     with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.empty(2, 2, device="cuda")[..., 0]
+        except RuntimeError:
+            pytest.skip("this PyTorch cannot index fake tensors of a GPU that is not there")
         model = stages.PretrainModel(SMALLER)
         for module in model.modules():  # Module.to cannot move parameters to a GPU that is not there
             for name, p in module.named_parameters(recurse=False):
