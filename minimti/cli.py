@@ -240,6 +240,7 @@ class Bars:
             initial=self.first,
             desc=self._label(),
             bar_format="{l_bar}{bar}| " + self.TEXT,
+            ncols=_columns(),
             leave=self.stage != "encode",
             disable=None,  # where stderr is no terminal
         )
@@ -264,6 +265,14 @@ class Bars:
         loss = [f"loss={sum(self.losses) / len(self.losses):.4f}"] if self.losses else []
         peak = peak_memory()
         return ", ".join(loss + ([f"peak {peak / 2**30:.1f} GiB"] if peak else []))
+
+
+def _columns() -> int | None:
+    """The width of a bar: 80 where the terminal gives 0, as in some containers; None: that of the terminal."""
+    try:
+        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
+    except (OSError, ValueError):  # no terminal
+        return None
 
 
 def peak_memory() -> int | None:
