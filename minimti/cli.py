@@ -240,9 +240,9 @@ class Bars:
             initial=self.first,
             desc=self._label(),
             bar_format="{l_bar}{bar}| " + self.TEXT,
-            ncols=_columns(),
             leave=self.stage != "encode",
             disable=None,  # where stderr is no terminal
+            **_screen(),
         )
 
     def _is_due(self, before: int, steps: int) -> bool:
@@ -267,12 +267,12 @@ class Bars:
         return ", ".join(loss + ([f"peak {peak / 2**30:.1f} GiB"] if peak else []))
 
 
-def _columns() -> int | None:
-    """The width of a bar: 80 where the terminal gives 0, as in some containers; None: that of the terminal."""
+def _screen() -> dict[str, int]:
+    """The columns and rows that a bar supposes where the terminal gives none, as in some containers, for tqdm."""
     try:
-        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
+        return {} if all(os.get_terminal_size(sys.stderr.fileno())) else {"ncols": 80, "nrows": 24}
     except (OSError, ValueError):  # no terminal
-        return None
+        return {}
 
 
 def peak_memory() -> int | None:

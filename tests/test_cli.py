@@ -802,11 +802,11 @@ def test_a_log_gets_a_line_every_few_percent(capfd):
     assert last.startswith("inversion: 1000/1000 [") and "s/it, loss=0.2500, peak " in last and last.endswith(" GiB]")
 
 
-@pytest.mark.parametrize("columns", [100, 0])
-def test_a_terminal_gets_one_bar(monkeypatch, columns):
+@pytest.mark.parametrize("rows, columns", [(24, 100), (0, 0)])
+def test_a_terminal_gets_one_bar(monkeypatch, rows, columns):
     """The bar of encoding goes when it is done; that of a resumed run starts where the run does."""
     master, slave = os.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
     with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         bars = cli.Bars()
