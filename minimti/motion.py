@@ -107,7 +107,8 @@ class Motion:
                 # file: so the fields come from their text, and a buffer has no name.
                 buffer = io.BytesIO()
                 torch.save({"tokens": tokens, **json.loads(text)}, buffer)
-                part.write_bytes(buffer.getbuffer())
+                with open(part, "wb") as file:  # on an error `write_bytes` keeps a view, and Python 3.13 says so
+                    file.write(buffer.getbuffer())
 
     @classmethod
     def load(cls, path: str | Path) -> "Motion":

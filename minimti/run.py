@@ -385,8 +385,8 @@ def _rename(source: Path, target: Path) -> list[str]:
 def _save(contents: Any, path: Path) -> None:
     buffer = io.BytesIO()  # written by Python, a full disk is an OSError with its reason
     torch.save(contents, buffer)
-    with atomic_write(path) as part:
-        part.write_bytes(buffer.getbuffer())
+    with atomic_write(path) as part, open(part, "wb") as file:  # `write_bytes` keeps a view, and Python 3.13 says so
+        file.write(buffer.getbuffer())
 
 
 def _entries(path: Path) -> Iterator[dict[str, float]]:
