@@ -136,7 +136,7 @@ class Run:
         if differing:
             name = min(differing, key=lambda name: (name != "model", name != "optimizer"))  # others follow from these
             if name == "model" and "--model" not in command:  # then its choice depends on what is on this machine
-                command += f" --model {begun[name]}"
+                command += f" --model {begun.get(name)}"
             advice = f"to go on with it: {command} --resume" if len(self.legs) == 1 else "give what it was begun with"
             raise InputError(f"{self.folder}: was begun {_how(name, begun.get(name))}; {advice}")
         done = state.steps if state else 0
