@@ -198,7 +198,7 @@ class Bars:
     LABELS = {"encode": "encoding", "learn": "inversion"}
     TEXT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     LINES = 20  # lines of a stage in a log, at most
-    SECONDS = 2.0  # between two of them, at least, in all stages but "learn"; the last comes in any case
+    SECONDS = 2.0  # between two of them, at least, in "sample", which a score is too; the last comes in any case
 
     def __init__(self, label: str = ""):
         self.label, self.stage = label, ""  # the label of stages that have none of their own
@@ -248,7 +248,7 @@ class Bars:
     def _is_due(self, before: int, steps: int) -> bool:
         """Whether a log gets a line after the step, of `steps`, that followed `before`."""
         passed = self.LINES * self.step // max(steps, 1) > self.LINES * before // max(steps, 1)
-        is_time = self.stage == "learn" or time.perf_counter() - self.printed >= self.SECONDS
+        is_time = self.stage != "sample" or time.perf_counter() - self.printed >= self.SECONDS
         return passed and (is_time or self.step == steps)
 
     def _label(self) -> str:
