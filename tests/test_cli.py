@@ -619,7 +619,8 @@ def test_a_killed_run_is_resumed_by_its_command(work, call):
     assert call("train.py", *LONG, "--out", "whole.pt")[0] == 0
     assert torch.equal(Motion.load(work / "killed.pt").tokens, Motion.load(work / "whole.pt").tokens)
     code, _, error = call(*args, "--resume", "--seed", "1")
-    assert code == 2 and "killed.run: was begun with --seed 0; to go on with it: python train.py" in error
+    assert code == 2 and "killed.run: was begun with --seed 0; to go on with it: python" in error
+    assert error.endswith(f"train.py {' '.join(LONG)} --out killed.pt --resume\n")
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
