@@ -193,7 +193,7 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
     from minimti.io.image import decode_image
     from minimti.io.pixels import cut, fit
     from minimti.io.write import enlarged, write_video
-    from minimti.results import is_made, remove_attention, write_record
+    from minimti.results import has_attention, is_made, remove_attention, write_record
 
     config = svd.config
     micro = cli.overridden(
@@ -215,11 +215,12 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
     num_frames = motion.num_frames if motion else config.num_frames
     made_from = known["made from"] | vars(micro) | {"seed": job.seed, "frames": num_frames, "fps": fps}
     made_from |= {"size": placement.size, "part of image": placement.source}
-    if is_made(job, made_from, args.attention):
+    same = is_made(job, made_from)
+    if same and (not args.attention or has_attention(job)):
         return f"{cli.printable(job.path)}: is there, made from the same, and kept"
     options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
     options |= {"schedule": args.schedule, "seed": job.seed, "micro": micro, "unconditional": args.unconditional}
-    replaced = job.path.exists() and not is_made(job, made_from)
+    replaced = job.path.exists() and not same
     bars = cli.Bars(job.path.stem)
     with AttentionMaps(svd, num_frames) if args.attention else nullcontext() as maps:
         video = animate(svd, motion, image, progress=bars, memory=args.memory, **options)

@@ -71,11 +71,11 @@ def plan(
 
     Raises InputError where a result would replace another or an input, or cannot be written.
     """
-    jobs = []
+    jobs, names = [], distinct(images)
     for m, motion in enumerate(motions):
-        for i, image in enumerate(distinct(images) or [None]):
+        for i, image in enumerate(names or [None]):
             for seed in seeds:
-                name = "_".join([*([image] if image else []), motion, *(["unconditional"] if unconditional else [])])
+                name = "_".join(part for part in (image, motion, "unconditional" * unconditional) if part)
                 label = "motion alone" if image is None or (unconditional and learned) else image
                 if len(motions) > 1:
                     label = f"{motion}: {label}"
@@ -97,7 +97,7 @@ def plan(
         raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4 or .gif")
     path, count = Counter(job.path for job in jobs).most_common(1)[0]
     if count > 1:
-        same_images = len({*distinct(images)}) < len(images)
+        same_images = len({*names}) < len(names)
         what = "images" if same_images else "embeddings" if len(set(motions)) < len(motions) else "pairs"
         raise InputError(f"{count} {what} of the same name would all become {path.name}; sample them apart")
     check_folder(out)
@@ -122,24 +122,28 @@ def record_of(result: Path) -> Path:
     return result.with_name(f"{result.name}.json")
 
 
-def is_made(job: Job, made_from: Mapping[str, Any], attention: bool = False) -> bool:
-    """Whether the result is there, unchanged, and its record names the same things as `made_from`.
-
-    With `attention` its picture of attention has to be there too.
-    """
+def is_made(job: Job, made_from: Mapping[str, Any]) -> bool:
+    """Whether the result is there, unchanged, and its record names the same things as `made_from`."""
     try:
         record = read_record(job.record)
         same = record["made from"] == json.loads(json.dumps(made_from))
-        whole = same and record["sha256"] == digest(job.path)
-        return bool(whole and (not attention or record["attention"] == digest(job.attention)))
+        return bool(same and record["sha256"] == digest(job.path))
+    except (InputError, KeyError, OSError):
+        return False
+
+
+def has_attention(job: Job) -> bool:
+    """Whether the picture of attention that the record of a job names is there, unchanged."""
+    try:
+        return bool(read_record(job.record)["attention"] == digest(job.attention))
     except (InputError, KeyError, OSError):
         return False
 
 
 def remove_attention(job: Job) -> None:
     """Removes the picture of attention that the record of a job names, if it is unchanged."""
-    with suppress(InputError, KeyError, OSError):
-        if read_record(job.record)["attention"] == digest(job.attention):
+    if has_attention(job):
+        with suppress(OSError):
             job.attention.unlink()
 
 
