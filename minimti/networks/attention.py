@@ -30,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, few_scores: int = FEW_SCORES) -> 
     the time (14 frames on an H100). Everything else is fused, without a matrix of scores in memory.
     """
     num_scores = q.numel() // q.shape[-1] * k.shape[-2]
-    if num_scores <= few_scores if q.device.type == "cpu" else max(q.shape[-2], k.shape[-2]) <= FEW_FRAMES:
+    if num_scores <= few_scores if fused.on_cpu(q) else max(q.shape[-2], k.shape[-2]) <= FEW_FRAMES:
         return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -24,7 +24,8 @@ _forced: bool | None = None
 def forced(on: bool) -> Iterator[None]:
     """Within the block, the operators are used everywhere (True) or nowhere (False).
 
-    On a CPU the kernels run in Triton's interpreter only: with TRITON_INTERPRET=1 set before Triton is imported.
+    True also turns off the forms of other layers that are for a CPU (`on_cpu`), so that a step dispatches there what it
+    dispatches on a GPU. On a CPU the kernels run in Triton's interpreter only: with TRITON_INTERPRET=1 set before Triton is imported.
     """
     global _forced
     before, _forced = _forced, on
@@ -39,6 +40,11 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     wanted = x.is_cuda if _forced is None else _forced
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     return wanted and frozen and x.dtype in _DTYPES and x.dtype == weight.dtype and _kernels() is not None
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether a layer computes this input in the form that is fastest on a CPU, where it has one."""
+    return x.device.type == "cpu" and not _forced
 
 
 @functools.cache

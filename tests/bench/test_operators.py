@@ -8,6 +8,8 @@ from toy import TOY
 from minimti.bench.cases import Case, Step
 from minimti.bench.operators import Count, as_json, as_table, count, counted_cases
 from minimti.config import MODELS
+from minimti.networks.attention import attention
+from minimti.networks.layers import Conv3x3
 
 pytest.importorskip("diffusers")
 
@@ -51,6 +53,14 @@ def test_a_group_norm_flips_the_layout(device):
         return F.conv2d(F.group_norm(x, 2), torch.empty(8, 8, 3, 3))
 
     assert counted(step, device).convolutions_outermost == 1
+
+
+def test_layers_are_counted_in_the_forms_that_a_gpu_runs():
+    """Of a training step too, which is counted on fake tensors of a CPU."""
+    conv, q = Conv3x3(8, 8), torch.empty(2, 4, 64, 8)
+    found = counted(lambda: conv(torch.empty(1, 8, 2, 2)))
+    assert (found.operators, found.convolutions) == (1, 1)  # on a CPU: padding, neighbours side by side, a product
+    assert counted(lambda: attention(q, q, q)).operators == 1  # on a CPU: two products and a softmax
 
 
 def test_denoising_and_training_can_be_counted():
