@@ -31,7 +31,7 @@ def counted_cases(config: SVDConfig) -> dict[str, tuple[Case, str]]:
 
     Denoising is counted on fake tensors of a GPU, which does not need to be there; attention appears as its plain
     formula on them. A backward pass needs a real device, so training is counted on fake tensors of a CPU, with our
-    fused operators on as on a GPU.
+    layers in the forms that a GPU runs.
     """
     cases = official_cases(config)
     names = ("denoise", "train_fast", "train_balanced", "train_low")
