@@ -200,15 +200,15 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
         path = check_writable(out.with_name(f"{out.stem}-strip.png"), *args.clips)
         clips = read(args, config, sources)
         recipe = recipe_of(args, config, clips)
-        draw(args, path, clips)
+        draw(args, path, clips, recipe.crop)
         what = "the frames" if len(clips) == 1 else "the frames of each clip"
         print(f"strip      {path}: {what}, and below them three views as they are augmented; nothing was learned")
         for name, text in describe_learning(config, clips[0], recipe.steps, device, dtype, args.memory):
             print(f"{name:10} {text}")
 
 
-def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]") -> None:
-    """Draws each clip as it is, and below it three augmented views."""
+def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]", crop: bool) -> None:
+    """Draws each clip as it is, and below it three augmented views. `crop` allows crops."""
     import torch
 
     from minimti.augment import augment
@@ -218,7 +218,7 @@ def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]") -> None:
     generator = torch.Generator().manual_seed(args.seed)
     rows = []
     for clip in clips:
-        rows += [clip.frames, *(augment(clip.frames, generator, not args.no_flip) for _ in range(3))]
+        rows += [clip.frames, *(augment(clip.frames, generator, not args.no_flip, crop) for _ in range(3))]
     write_strip(path, strip_of(rows, STRIP_HEIGHT))
 
 

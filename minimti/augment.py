@@ -13,11 +13,12 @@ SATURATION = (0.8, 1.2)
 HUE = (-0.05, 0.05)  # in full turns
 
 
-def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+def augment(clip: Tensor, generator: torch.Generator, flip: bool, crop: bool) -> Tensor:
     """[F, 3, H, W] in [-1,1] -> the same shape and domain.
 
     Every frame gets the same crop, mirroring, contrast, brightness, saturation and hue. `flip` allows mirroring: half
     of the results are then mirrored. It must be off for a motion with a left and a right, such as a camera pan.
+    `crop` allows crops. They enlarge a motion and move its course.
     """
     from torchvision.transforms.v2 import functional as T  # here because it is slow to import
 
@@ -25,7 +26,7 @@ def augment(clip: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     height, width = clip.shape[-2:]
-    side = math.sqrt(uniform(*AREA))
+    side = math.sqrt(uniform(*AREA)) if crop else 1.0
     h, w = round(side * height), round(side * width)
     top, left = round(uniform(0, height - h)), round(uniform(0, width - w))
     mirror = uniform(0, 1) < 0.5

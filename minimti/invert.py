@@ -39,6 +39,7 @@ class Recipe:
     lr: float
     p_mean: float  # ln(sigma) ~ N(p_mean, p_std^2)
     p_std: float
+    crop: bool  # views are crops of the clip (augment.py), not the whole picture
     num_cached_views: int  # augmented views that are encoded once and used in turn; 0 encodes a fresh one every step
 
     @property
@@ -55,10 +56,10 @@ def make_recipe(config: SVDConfig, name: str | None = None) -> Recipe:
     name = name or config.recipe
     p_mean, p_std = config.p_mean, config.p_std
     if name == "paper":  # the paper does not mention cached views; num_cached_views=0 does without
-        return Recipe("adam", False, False, config.num_iterations, 1e-2, p_mean, p_std, num_cached_views=100)
+        return Recipe("adam", False, False, config.num_iterations, 1e-2, p_mean, p_std, crop=True, num_cached_views=100)
     if name == "muon":
         steps = config.num_iterations // PAPER_STEPS_RATIO
-        return Recipe("muon", True, True, steps, 0.2, p_mean, p_std, num_cached_views=25)
+        return Recipe("muon", True, True, steps, 0.2, p_mean, p_std, crop=False, num_cached_views=25)
     raise ValueError(f"unknown recipe {name!r}: paper or muon")
 
 
@@ -136,13 +137,13 @@ def _not_finite(svd: SVD, motion: Motion, recipe: Recipe, ranks: Ranks) -> str:
     )
 
 
-def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, index: int) -> View:
+def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, crop: bool, index: int) -> View:
     """The index-th random view of clips [clips, F, 3, H, W] in [-1,1], which take turns.
 
-    It is augmented, encoded, and conditioned on its first frame. `flip` allows mirrored views.
+    It is augmented, encoded, and conditioned on its first frame. `flip` allows mirrored views, `crop` cropped ones.
     """
     generator = _generator(motion.seed, 2 * index)
-    frames = augment(clips[index % len(clips)].to(svd.device), generator, flip)
+    frames = augment(clips[index % len(clips)].to(svd.device), generator, flip, crop)
     with torch.no_grad():
         return svd.encode(frames[None]), svd.prepare(frames[:1], motion.sets, motion.micro, generator)
 

@@ -223,7 +223,7 @@ def learn(
     )
     motion.check()  # what could not be saved is refused before hours of work
 
-    views: Callable[[int], View] = partial(view, svd, clips, motion, flip)
+    views: Callable[[int], View] = partial(view, svd, clips, motion, flip, recipe.crop)
     cached: list[View] = list(resume.views) if resume else []
     if recipe.num_cached_views and recipe.steps:
         views = _cached(views, cached, recipe.num_views, progress)

@@ -128,7 +128,8 @@ class Run:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
                 state = self._load(device) if self.path("state.pt").is_file() else None
-            begun = {"ranks": 1} | found["settings"]  # up to version 0.3.0 a run had one
+            # Up to version 0.3.0 a run had one process. Up to 0.4.0 all views were cropped; those that it has stay so.
+            begun = {"ranks": 1, "crop": settings.get("crop")} | found["settings"]
             differing = [name for name in settings if begun.get(name) != settings[name]]
             command = str(found["command"])
         except Exception as error:  # a damaged file can make the unpickler raise anything

@@ -13,8 +13,8 @@ from minimti.augment import augment
 SEEDS = range(60)
 
 
-def augmented(clip: torch.Tensor, seed: int, flip: bool = False) -> torch.Tensor:
-    return augment(clip, torch.Generator().manual_seed(seed), flip)
+def augmented(clip: torch.Tensor, seed: int, flip: bool = False, crop: bool = True) -> torch.Tensor:
+    return augment(clip, torch.Generator().manual_seed(seed), flip, crop)
 
 
 def plain(*rgb: float) -> torch.Tensor:
@@ -69,6 +69,13 @@ def test_it_crops_a_random_part_of_the_picture():
     for start, room in ((left, 48 - width), (top, 32 - height)):
         place = start[room > 2.5] / room[room > 2.5]
         assert -0.05 < place.min() < 0.1 and 0.9 < place.max() < 1.05 and place.std() > 0.2  # uniform: 0.29
+
+
+def test_it_keeps_the_whole_picture_where_it_may_not_crop():
+    grey = torch.rand(1, 1, 32, 48).expand(1, 3, 32, 48) - 0.5  # contrast and brightness alone change it
+    for seed in SEEDS:
+        spans = [(x - x.min()) / (x.max() - x.min()) for x in (grey, augmented(grey, seed, crop=False))]
+        assert torch.allclose(*spans, atol=1e-5)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from minimti.motion import Motion
 from minimti.svd import SVD
 
 F, N, D = MINI.num_frames, 5, MINI.unet.context_dim
-ADAM = Recipe("adam", False, False, steps=1, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=0)
+ADAM = Recipe("adam", False, False, steps=1, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=0)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
 
 
@@ -31,7 +31,7 @@ def clip() -> torch.Tensor:
 
 
 def run(svd, clip, motion, recipe=ADAM, flip=True, **options) -> list[float]:
-    return list(invert(svd, partial(view, svd, clip[None], motion, flip), motion, recipe, **options))
+    return list(invert(svd, partial(view, svd, clip[None], motion, flip, True), motion, recipe, **options))
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -39,12 +39,12 @@ def run(svd, clip, motion, recipe=ADAM, flip=True, **options) -> list[float]:
 
 def test_the_papers_recipe_is_that_of_section_b_2():
     recipe = make_recipe(MODELS["svd"], "paper")
-    assert recipe == Recipe("adam", False, False, 1000, 1e-2, p_mean=2.8, p_std=1.6, num_cached_views=100)
+    assert recipe == Recipe("adam", False, False, 1000, 1e-2, p_mean=2.8, p_std=1.6, crop=True, num_cached_views=100)
 
 
 def test_ours_takes_half_the_steps():
     recipe = make_recipe(MODELS["svd"], "muon")
-    assert recipe == Recipe("muon", True, True, 500, 0.2, p_mean=2.8, p_std=1.6, num_cached_views=25)
+    assert recipe == Recipe("muon", True, True, 500, 0.2, p_mean=2.8, p_std=1.6, crop=False, num_cached_views=25)
     assert make_recipe(replace(MODELS["svd"], num_iterations=301), "muon").steps == 150
 
 
@@ -111,7 +111,7 @@ def test_sigma_is_clamped_to_the_largest_of_the_model(mini_svd, motion, clip, mo
 
 
 def test_views_differ_and_repeat(mini_svd, motion, clip):
-    latents = [view(mini_svd, clip[None], motion, True, index)[0] for index in (0, 1, 2, 0)]
+    latents = [view(mini_svd, clip[None], motion, True, True, index)[0] for index in (0, 1, 2, 0)]
     for i in range(3):
         for j in range(i):
             assert (latents[i] - latents[j]).norm() > 0.1 * latents[i].norm()
@@ -119,15 +119,15 @@ def test_views_differ_and_repeat(mini_svd, motion, clip):
 
 
 def test_a_view_is_of_the_augmented_clip(mini_svd, motion, clip, monkeypatch):
-    """Latents and conditioning come from the same augmentation, which mirrors only where it may."""
+    """Latents and conditioning come from the same augmentation, which mirrors and crops only where it may."""
     svd, changed, calls = mini_svd, clip.flip(-1) / 2, []
-    monkeypatch.setattr(module, "augment", lambda c, generator, flip: calls.append((c, flip)) or changed)
+    monkeypatch.setattr(module, "augment", lambda c, generator, *may: calls.append((c, may)) or changed)
     motion.micro = replace(motion.micro, cond_aug=0.0)
     for flip in (True, False):
-        x0, cond = view(svd, clip[None], motion, flip, index=3)
+        x0, cond = view(svd, clip[None], motion, flip, not flip, index=3)
         assert torch.equal(x0, svd.encode(changed[None]))
         assert torch.equal(cond.concat[:, 0], svd.vae.encode(changed[:1]))
-    assert [flip for _, flip in calls] == [True, False] and torch.equal(calls[0][0], clip)
+    assert [may for _, may in calls] == [(True, False), (False, True)] and torch.equal(calls[0][0], clip)
 
 
 def test_no_two_draws_share_a_generator(mini_svd, motion, clip, monkeypatch):
@@ -136,7 +136,7 @@ def test_no_two_draws_share_a_generator(mini_svd, motion, clip, monkeypatch):
     used, generator = [], module._generator
     monkeypatch.setattr(module, "_generator", lambda *args: used.append(args) or generator(*args))
     for index in range(3):
-        view(mini_svd, clip[None], motion, True, index)
+        view(mini_svd, clip[None], motion, True, True, index)
     views = used.copy()
     for recipe in (ADAM, MUON):
         used.clear()
@@ -150,7 +150,7 @@ def test_no_two_draws_share_a_generator(mini_svd, motion, clip, monkeypatch):
 
 def test_the_gradient_is_that_of_the_mean_loss(mini_svd, motion, clip):
     """Neither scaled by the number of elements, nor the temporal set's in place of a frame's."""
-    x0, cond = view(mini_svd, clip[None], motion, False, 0)
+    x0, cond = view(mini_svd, clip[None], motion, False, True, 0)
     sigma, n = torch.tensor([1.5]), torch.randn(x0.shape)
     loss, grad = loss_and_gradient(mini_svd, motion, (x0, cond), sigma, n)
     tokens = motion.tokens.clone().requires_grad_()
@@ -174,7 +174,7 @@ def test_the_optimiser_is_handed_the_gradient_of_each_step(mini_svd, motion, cli
     monkeypatch.setitem(OPTIMIZERS, "adam", Spy)
     losses = run(mini_svd, clip, motion, replace(ADAM, steps=3))
     for step in range(3):
-        seen = view(mini_svd, clip[None], motion, True, step)
+        seen = view(mini_svd, clip[None], motion, True, True, step)
         sigma, n = draw(ADAM, MINI.sigma_max, 0, step, seen[0].shape)
         loss, grad = loss_and_gradient(mini_svd, motion, seen, sigma, n)
         assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
@@ -246,7 +246,7 @@ def test_inversion_is_reproducible(mini_svd, motion, clip, recipe):
 @pytest.mark.parametrize("bad", [0, 2, 5])
 def test_a_fault_leaves_the_last_good_step(mini_svd, motion, clip, monkeypatch, recipe, fetch_every, bad):
     """A gradient that is not finite in step `bad` of 6: whatever runs until it is noticed changes nothing."""
-    constant, gradients = view(mini_svd, clip[None], motion, False, 0), torch.randn(6, *motion.tokens.shape)
+    constant, gradients = view(mini_svd, clip[None], motion, False, True, 0), torch.randn(6, *motion.tokens.shape)
     gradients[bad, 1, 2, 3] = torch.nan
 
     def planted(svd, motion, view, sigma, n, scale):
@@ -301,7 +301,7 @@ def test_a_clip_that_is_not_finite_is_a_fault(mini_svd, motion, clip):
 @pytest.mark.parametrize("recipe", [ADAM, MUON])
 def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, monkeypatch, recipe):
     """Every loss arrives once and in order, and the tokens are the same."""
-    constant, gradients = view(mini_svd, clip[None], motion, False, 0), torch.randn(7, *motion.tokens.shape)
+    constant, gradients = view(mini_svd, clip[None], motion, False, True, 0), torch.randn(7, *motion.tokens.shape)
     results = []
     for fetch_every in (None, 1, 3, 7, 100):
         copy, steps = replace(motion, tokens=motion.tokens.clone()), iter(range(7))
@@ -321,7 +321,7 @@ def test_late_fetching_changes_nothing_else(mini_svd, motion, clip, monkeypatch,
 
 def test_fp16_halves_the_scale_and_repeats_a_step_that_overflows(mini_svd, motion, clip, monkeypatch):
     """The scale stays halved; a step that overflows at any scale is a fault as in other precisions."""
-    constant, scales = view(mini_svd, clip[None], motion, False, 0), []
+    constant, scales = view(mini_svd, clip[None], motion, False, True, 0), []
 
     def planted(svd, motion, view, sigma, n, scale):
         scales.append(scale.item())

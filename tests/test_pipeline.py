@@ -168,9 +168,9 @@ def test_views_are_made_once_and_taken_in_turn(svd, clip, monkeypatch, cached, e
     """As many as there are steps at most; without a cache one for every step."""
     made, used, view, invert = [], [], pipeline.view, pipeline.invert
 
-    def recorded(svd, clip, motion, flip, index):
+    def recorded(svd, clip, motion, flip, crop, index):
         made.append(index)
-        return view(svd, clip, motion, flip, index)
+        return view(svd, clip, motion, flip, crop, index)
 
     def spied(svd, views, motion, recipe, **options):
         return invert(svd, lambda step: used.append(views(step)[0]) or views(step), motion, recipe, **options)
@@ -187,7 +187,7 @@ def test_one_motion_is_learned_from_several_clips_in_turn(svd, clip, monkeypatch
     other = replace(clip, frames=-clip.frames, fps=5.0)
     encoded, encode = [], svd.encode
     monkeypatch.setattr(pipeline.SVD, "encode", lambda self, frames: encoded.append(frames) or encode(frames))
-    monkeypatch.setattr("minimti.invert.augment", lambda frames, generator, flip: frames)
+    monkeypatch.setattr("minimti.invert.augment", lambda frames, generator, flip, crop: frames)
     learn(svd, [clip, other], recipe=replace(RECIPE, num_cached_views=3))
     assert all(torch.equal(*pair) for pair in zip(encoded, [c.frames[None] for c in (clip, other, clip)], strict=True))
 
@@ -229,12 +229,12 @@ def test_losses_can_be_had_after_every_step(svd, clip, fetch_every, settled):
     assert seen == settled
 
 
-def test_flip_reaches_the_views(svd, clip, monkeypatch):
-    flips, view = [], pipeline.view
-    monkeypatch.setattr(pipeline, "view", lambda *args: flips.append(args[3]) or view(*args))
+def test_flip_and_the_recipes_crop_reach_the_views(svd, clip, monkeypatch):
+    allowed, view = [], pipeline.view
+    monkeypatch.setattr(pipeline, "view", lambda *args: allowed.append(args[3:5]) or view(*args))
     for flip in (True, False):
-        learn(svd, clip, recipe=RECIPE, steps=1, flip=flip)
-    assert flips == [True, False]
+        learn(svd, clip, recipe=replace(RECIPE, crop=not flip), steps=1, flip=flip)
+    assert allowed == [(True, False), (False, True)]
 
 
 def test_progress_is_reported_step_by_step(svd, clip):
@@ -431,7 +431,7 @@ def test_training_and_sampling_condition_alike(svd, clip, monkeypatch, tmp_path)
     """The inputs of the UNet in a training step, but noise, are those of sampling for the same image and draws."""
     seen, states, forward, prepare = [], [], svd.unet.forward, svd.prepare
     monkeypatch.setattr(svd.unet, "forward", lambda *args: seen.append(args) or forward(*args))
-    monkeypatch.setattr(invert_module, "augment", lambda clip, generator, flip: clip)
+    monkeypatch.setattr(invert_module, "augment", lambda clip, generator, flip, crop: clip)
     starts = []
 
     def recorded(image, tokens, micro, generator):

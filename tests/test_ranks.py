@@ -28,7 +28,7 @@ from minimti.ranks import ALONE, Ranks, of_torchrun
 from minimti.svd import SVD
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAM = Recipe("adam", False, False, steps=3, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=2)
+ADAM = Recipe("adam", False, False, steps=3, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=2)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
 
 
@@ -124,7 +124,7 @@ def test_two_processes_are_one_that_takes_both_draws(mini_svd, pair, name, recip
     motion = learn(mini_svd, clip(), recipe=replace(recipe, steps=0), num_tokens=2)
     optimizer, losses = make_optimizer(motion, recipe), []
     for step in range(recipe.steps):
-        seen, pairs = view(mini_svd, clip().frames[None], motion, True, step % 2), []
+        seen, pairs = view(mini_svd, clip().frames[None], motion, True, True, step % 2), []
         for rank in range(2):
             sigma, n = draw(recipe, MINI.sigma_max, motion.seed, 2 * step + rank, seen[0].shape)
             pairs.append(loss_and_gradient(mini_svd, motion, seen, sigma, n))

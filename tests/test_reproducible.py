@@ -22,7 +22,7 @@ from minimti.pipeline import animate, learn
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
-ADAM = Recipe("adam", False, False, steps=5, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=2)
+ADAM = Recipe("adam", False, False, steps=5, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=2)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
 # Norm of the difference over norm. Single elements differ by more in Adam, which gives a gradient of rounding's size
 # a step as long as any other.

@@ -22,7 +22,7 @@ from minimti.motion import Motion
 from minimti.pipeline import learn
 from minimti.run import Run, digest, draw_losses
 
-ADAM = Recipe("adam", False, False, steps=5, lr=1e-2, p_mean=0.0, p_std=1.0, num_cached_views=2)
+ADAM = Recipe("adam", False, False, steps=5, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=2)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
 CPU, WEIGHTS = torch.device("cpu"), {"w": [0.5, -1.0]}
 
@@ -305,11 +305,12 @@ def test_a_damaged_run_is_refused_in_one_line(mini_svd, clip, tmp_path, name, co
 
 
 def test_a_run_of_version_0_3_0_goes_on_in_one_process(mini_svd, clip, tmp_path):
-    """Its settings do not say how many processes it has."""
+    """Its settings do not say how many processes it has, nor whether its views are cropped."""
     with begun(tmp_path / "m.pt", settings={"seed": 0}) as run:
         train(mini_svd, clip, run, stop=2)
-    with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1}) as (_, state):
-        assert state.steps == 2
+    for crop in (True, False):
+        with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1, "crop": crop}) as (_, state):
+            assert state.steps == 2
     with pytest.raises(InputError, match="was begun in 1 process; to go on with it"):
         with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 2}):
             pass

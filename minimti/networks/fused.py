@@ -25,7 +25,8 @@ def forced(on: bool) -> Iterator[None]:
     """Within the block, the operators are used everywhere (True) or nowhere (False).
 
     True also turns off the forms of other layers that are for a CPU (`on_cpu`), so that a step dispatches there what it
-    dispatches on a GPU. On a CPU the kernels run in Triton's interpreter only: with TRITON_INTERPRET=1 set before Triton is imported.
+    dispatches on a GPU. The kernels run on a CPU in Triton's interpreter only: with TRITON_INTERPRET=1 set before
+    Triton is imported.
     """
     global _forced
     before, _forced = _forced, on
