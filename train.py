@@ -88,8 +88,8 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("learning")
     learning = group.add_argument
     recipe = (
-        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps and three quarters of the"
-        " error on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
+        "paper: Adam, 1000 steps for svd, as published for SVD (B.2). muon: half the steps, uncropped views and 0.6"
+        " times the error on tiny (3 motions), never tried on SVD (default: paper for svd, muon for tiny)"
     )
     learning("--recipe", choices=RECIPES, help=recipe)
     learning("--steps", type=cli.integer(0, 10**6), help="optimisation steps (default: the recipe's)")
