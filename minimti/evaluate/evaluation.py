@@ -43,7 +43,6 @@ class Settings:
     inversion_seeds: int = 2  # inversions of each motion in `ablation` and `optimiser`
     kind_targets: int = 2  # targets of each motion in `kinds`
     noise_levels: int = 8  # at which the model's loss is taken
-    cached_views: int | None = None  # the same in every recipe, so that the rest alone differs (None: the recipe's)
 
 
 @dataclass(frozen=True)
@@ -213,8 +212,7 @@ class Evaluation:
         """
         own, chosen = make_recipe(self.config), make_recipe(self.config, recipe)
         steps = chosen.steps * (self.settings.steps or own.steps) // own.steps
-        num_views = self.settings.cached_views or own.num_cached_views
-        return Inversion(replace(chosen, steps=steps, num_cached_views=num_views), self.seed)
+        return Inversion(replace(chosen, steps=steps), self.seed)
 
     def learn(self, case: Case, inversion: Inversion | None = None) -> Motion:
         """The motion of a case's references as an embedding, by `inversion` or the model's own recipe.

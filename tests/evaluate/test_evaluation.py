@@ -77,7 +77,7 @@ def test_the_colour_is_that_of_the_body():
 
 @pytest.fixture
 def small(random_svd, words, tmp_path) -> Evaluation:
-    return Evaluation(random_svd, words, 3, Settings(motions=2, targets=3, steps=2, cached_views=1), tmp_path)
+    return Evaluation(random_svd, words, 3, Settings(motions=2, targets=3, steps=2), tmp_path)
 
 
 def test_a_video_is_made_of_its_own_first_frame_and_noise(small):

@@ -271,7 +271,6 @@ def test_attention_is_recorded_in_every_step_and_not_afterwards(random_svd, word
 def test_every_experiment_runs_on_a_model_with_random_weights(random_svd, words, tmp_path):
     settings = Settings(
         motions=1, targets=1, steps=3, ablation_motions=1, inversion_seeds=1, kind_targets=1, noise_levels=1,
-        cached_views=3,
     )  # fmt: skip
     evaluation = Evaluation(random_svd, words, 0, settings, tmp_path)
     for name, experiment in EXPERIMENTS.items():
