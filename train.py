@@ -179,7 +179,8 @@ def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "
         sizes = f"{clip.source_size[0]}x{clip.source_size[1]} fitted to {width}x{height}"
         print(f"reference  {clip.source}: {len(clip.times)} frames, {sizes}")
         print(f"           {clip.about()}")
-        print(*(f"note       {note}\n" for note in clip.notes), sep="", end="")
+        for note in clip.notes:
+            print(f"note       {note}")
         upright, first_upright = (size[0] < size[1] for size in (clip.source_size, clips[0].source_size))
         if upright != first_upright and not args.size:
             as_it_is = "upright" if upright else "lying"
@@ -194,7 +195,7 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
     from minimti.pipeline import describe_learning
 
     _, config, device = cli.choose_model(args, "auto" if args.model is None else args.model)
-    dtype = args.dtype and getattr(torch, args.dtype)
+    dtypes = args.dtype and getattr(torch, args.dtype), getattr(torch, args.vae_dtype)
     for out, sources in named:
         make_folder(out.parent)  # it is missing only where it is that of several embeddings
         path = check_writable(out.with_name(f"{out.stem}-strip.png"), *args.clips)
@@ -203,7 +204,7 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
         draw(args, path, clips, recipe.crop)
         what = "the frames" if len(clips) == 1 else "the frames of each clip"
         print(f"strip      {path}: {what}, and below them three views as they are augmented; nothing was learned")
-        for name, text in describe_learning(config, clips[0], recipe.steps, device, dtype, args.memory):
+        for name, text in describe_learning(config, clips[0], recipe.steps, device, *dtypes, args.memory):
             print(f"{name:10} {text}")
 
 
@@ -263,7 +264,7 @@ def job_of(args: argparse.Namespace, config: "SVDConfig", ranks: "Ranks", out: P
 
 
 def unfinished(args: argparse.Namespace, jobs: list[Job], device: "torch.device") -> list[Job]:
-    """The jobs that --resume leaves to be done; of several, those that are finished are not. Raises InputError."""
+    """The jobs still to be done under --resume. Raises InputError; NothingLeft where all are finished."""
     from minimti.run import NothingLeft
 
     left, finished = [], []
@@ -282,7 +283,7 @@ def unfinished(args: argparse.Namespace, jobs: list[Job], device: "torch.device"
 
 
 def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tuple[Recipe, State | None]":
-    """Begins the run of a job, or goes on with it: how many steps there are in all, and where it stands."""
+    """Begins or resumes the run of a job. Returns its recipe with all steps, and the state to go on from, if any."""
     from minimti.checkpoint.fingerprint import fingerprint
 
     run, recipe, state = job.run, recipe_of(args, svd.config, job.clips), None
@@ -294,10 +295,10 @@ def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tu
     if ranks.is_first:
         weights = fingerprint(svd.unet)
         if resumed:
-            notes = run.resume(state, weights)
+            for note in run.resume(state, weights):
+                print(note)
         else:
-            notes = run.begin(job.settings, weights, recipe.steps, command(ranks))
-        print(*notes, sep="\n", end="\n" * bool(notes))
+            run.begin(job.settings, weights, recipe.steps, command(ranks))
         run.show_clips(job.clips)
     return recipe, state
 
@@ -431,13 +432,23 @@ def main() -> None:
         checkpoint = cli.find_model(args, model)
         stack.enter_context(ranks.joined())
         svd = load(args, checkpoint, device)
+        for job in left if ranks.is_first else []:  # all at once: --resume must not find the runs of an earlier command
+            if not (args.resume and job.run.is_begun):
+                for note in job.run.make_way():
+                    print(note)
         facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}
         check = stack.enter_context(signals.held(ranks.any))  # it waits for a step's end, and for files to be whole
+        failed = []
         try:
             for number, job in enumerate(left, start=1):
                 if len(left) > 1:
                     print(f"learning   {number} of {len(left)}  {job.run.out}")
-                learn_job(args, svd, job, ranks, check, facts)
+                try:
+                    learn_job(args, svd, job, ranks, check, facts)
+                except FloatingPointError as error:  # in all processes alike; the next clips can still be learned
+                    failed.append(f"{job.run.out}: {error}")
+            if failed:
+                raise FloatingPointError("; ".join(failed))
         finally:
             if any(job.run.done is not None for job in jobs):
                 print(f"next       {following(args, jobs, ranks)}")

@@ -2,10 +2,15 @@
 
 import os
 import platform
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+# Bytes that the processes of a container may take, by version 2 and 1 of Linux's control groups.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def default_device() -> torch.device:
@@ -14,7 +19,7 @@ def default_device() -> torch.device:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process can use on a device in all, with those that it holds already; None where unknown."""
+    """Bytes that this process can use on a device, including what it already holds; None where unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -26,7 +31,11 @@ def available_memory(device: torch.device) -> int | None:
         held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # resident pages
     except (OSError, StopIteration, AttributeError):  # not Linux
         return None
-    return free + held
+    limit = sys.maxsize
+    for path in LIMITS:
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limit = min(limit, int(path.read_text()))
+    return min(free + held, limit)
 
 
 def bf16_speedup() -> float:

@@ -123,7 +123,13 @@ def budget_of_learning(svd: SVD, clip: Clip, memory: str = "auto") -> Budget:
 
 
 def describe_learning(
-    config: SVDConfig, clip: Clip, steps: int, device: torch.device, dtype: torch.dtype | None, memory: str
+    config: SVDConfig,
+    clip: Clip,
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    vae_dtype: torch.dtype,
+    memory: str,
 ) -> Iterator[tuple[str, str]]:
     """("memory", what a step of `learn` needs) and ("time", what all steps take), in words; no weights are read.
 
@@ -132,7 +138,7 @@ def describe_learning(
     dtype = dtype or default_dtype(device)
     with torch.device("meta"):
         svd = SVD(config)
-    svd.unet.to(dtype)
+    svd.unet.to(dtype), svd.image_encoder.to(dtype), svd.vae.to(vae_dtype)
     svd.device = device
     budget = budget_of_learning(svd, clip, memory)
     yield "memory", budget.describe()
@@ -301,15 +307,16 @@ def animate(
     image = image.to(svd.device)
     num_frames, size = config.num_frames if motion is None else motion.num_frames, (image.shape[-1], image.shape[-2])
     budget = make_budget(svd, num_frames, size, memory, training=False)
-    if motion is None:
-        tokens, own = svd.tokens_of(image, config.num_frames), config.micro
-    else:
+    if motion is not None:
         motion.check_fits(config)
         if differs(motion.fingerprint, fingerprint(svd.unet)):
             warnings.warn(f"the embedding was learned on other weights of {config.name} than these", stacklevel=3)
-        spatial, temporal = motion.sets
-        tokens, own = (spatial.to(svd.device), temporal.to(svd.device)), motion.micro
     with svd.using(budget):
+        if motion is None:
+            tokens, own = svd.tokens_of(image, config.num_frames), config.micro
+        else:
+            spatial, temporal = motion.sets
+            tokens, own = (spatial.to(svd.device), temporal.to(svd.device)), motion.micro
         svd.park("image_encoder")
 
         generator = torch.Generator().manual_seed(seed)

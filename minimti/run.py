@@ -101,18 +101,21 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ begin, resume
 
-    def begin(self, settings: dict[str, Any], weights: dict[str, list[float]], steps: int, command: str) -> list[str]:
-        """A new run. An embedding or a run that stands there is renamed; returns what to print about it."""
-        if not self._locks:
-            self._lock()
+    def make_way(self) -> list[str]:
+        """Renames an embedding or a run that stands there; returns what to print about it."""
         new_out, new_folder = _free(self.out)
         moved = _rename(self.out, new_out)
         if self.is_begun:
             moved += _rename(self.folder, new_folder)
             self._lock()
+        return moved
+
+    def begin(self, settings: dict[str, Any], weights: dict[str, list[float]], steps: int, command: str) -> None:
+        """A new run, where none stands."""
+        if not self._locks:
+            self._lock()
         self.legs = [steps]
         self._write_settings({"settings": settings, "weights": weights, "command": command})
-        return moved
 
     def find(self, settings: dict[str, Any], steps: int | None, device: torch.device) -> State | None:
         """The state to go on from; None where the run was stopped before all views were encoded. Writes nothing.

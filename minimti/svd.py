@@ -34,7 +34,7 @@ class Conditioning:
         return replace(self, concat=torch.zeros_like(self.concat))
 
     def without_tokens(self) -> "Conditioning":
-        """N = 0. To attend to no token gives what attending to zeroed tokens gives, for less (CrossAttention)."""
+        """N = 0: the same result as zeroed tokens, cheaper (CrossAttention)."""
         return replace(self, spatial=self.spatial[:, :, :0], temporal=self.temporal[:, :0])
 
     def negative(self) -> "Conditioning":
@@ -63,8 +63,8 @@ class SVD(nn.Module):
             image_encoder.build(config.image_encoder) if with_image_encoder else _Released("image_encoder")
         )
         self.budget = Budget()
-        self.fetches = 0  # how often a parked network has come back; what was recorded of it is void then
-        self.device: torch.device | None = None  # where the networks compute; None: where their weights are, unparked
+        self.fetches = 0  # how often a parked network has come back: CUDA graphs from before are then invalid
+        self.device: torch.device | None = None  # where networks compute; None: where their weights are, never parked
 
     @property
     def has_image_encoder(self) -> bool:
@@ -84,13 +84,11 @@ class SVD(nn.Module):
 
     @contextmanager
     def using(self, budget: Budget) -> Iterator[None]:
-        """Another budget within the block."""
+        """Another budget within the block. It stays after an exception, which may be that memory ran out under it."""
         before = self.budget
         self.use(budget)
-        try:
-            yield
-        finally:
-            self.use(before)
+        yield
+        self.use(before)
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1,1] -> CLIP embeddings [B, d] in fp32."""

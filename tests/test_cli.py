@@ -685,30 +685,42 @@ def clips(work) -> list[str]:
 
 
 def test_several_clips_give_an_embedding_each_with_one_model(work, call, clips, monkeypatch):
-    """The same as one by one. After a fault in the last, --resume keeps the others."""
+    """The same as one by one. After a gradient that is not finite the next clip is learned; a full disk ends all.
+
+    --resume keeps what is finished, and goes on with no run of an earlier command.
+    """
     loads, load, learned, learn = [], pipeline.load, [], pipeline.learn
+    faults = {2: FloatingPointError("step 1 is not finite"), 4: OSError("no space")}
 
     def failing(svd, given, **options):
         learned.append(given[0].source)
-        if len(learned) == 3:
-            raise FloatingPointError("step 1 is not finite")
+        if fault := faults.pop(len(learned), None):
+            raise fault
         return learn(svd, given, **options)
 
-    (work / "last.mp4").write_bytes((work / "ref.mp4").read_bytes())
+    for name in ("more.mp4", "last.mp4"):
+        (work / name).write_bytes((work / "ref.mp4").read_bytes())
     monkeypatch.setattr(pipeline, "load", lambda *args, **options: loads.append(1) or load(*args, **options))
     monkeypatch.setattr(pipeline, "learn", failing)
     options = (*SMALL_FILE, "--steps", "1", "--cache", "1", "--out")
-    args = ("train.py", *clips, "last.mp4", *options, "each/of")
+    assert call("train.py", "last.mp4", *options, "each/of/", "--seed", "1")[0] == 0
+    args = ("train.py", "more.mp4", *clips[::-1], "last.mp4", *options, "each/of")
     code, out, error = call(*args)
-    assert code == 1 and len(loads) == 1 and error.endswith("train.py: error: step 1 is not finite\n")
-    assert "learning   2 of 3  each/of/up.pt" in out and out.endswith("--out each/of --resume\n")
+    assert code == 1 and len(loads) == 2 and error.endswith("train.py: error: no space\n")
+    assert "learning   3 of 4  each/of/ref.pt" in out and out.endswith("--out each/of --resume\n")
     names = [path.name for path in (work / "each/of").iterdir()]
-    assert sorted(names) == ["last.run", "ref.pt", "ref.run", "up.pt", "up.run"]
+    runs = ["last-1.run", "last.run", "more.run", "ref.run", "up.run"]
+    assert sorted(names) == sorted([*runs, "last-1.pt", "up.pt"])
     before = (work / "each/of/up.pt").read_bytes()
+    faults[5] = FloatingPointError("step 1 is not finite")
     code, out, error = call(*args, "--resume")
-    assert code == 0 and "kept       each/of/up.run: has taken its 1 steps" in out, error
-    next_one = "python sample.py --emb each/of/ref.pt --emb each/of/up.pt --emb each/of/last.pt img.png"
-    assert f"\nnext       {next_one}" in out and learned == [*clips, "last.mp4", "last.mp4"]
+    assert code == 1 and error.endswith("train.py: error: each/of/more.pt: step 1 is not finite\n")
+    assert "kept       each/of/up.run: has taken its 1 steps" in out
+    code, out, error = call(*args, "--resume")
+    assert code == 0, error
+    embeddings = "--emb each/of/more.pt --emb each/of/up.pt --emb each/of/ref.pt --emb each/of/last.pt"
+    assert f"\nnext       python sample.py {embeddings} img.png" in out
+    assert learned == ["last.mp4", "more.mp4", "up.mp4", "ref.mp4", "more.mp4", "ref.mp4", "last.mp4", "more.mp4"]
     assert (work / "each/of/up.pt").read_bytes() == before
     assert call(*args, "--resume")[0] == 2  # nothing is left
     assert call("train.py", "up.mp4", *options, "each")[0] == 0  # a folder by now

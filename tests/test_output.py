@@ -163,7 +163,8 @@ def test_out_of_memory_is_one_line_that_names_the_next_smaller_setting(
 
 
 @pytest.mark.full
-def test_memory_that_runs_out_at_work_is_one_line(tmp_path):
+@pytest.mark.parametrize("memory, advice", [("balanced", "--memory low or a smaller --size"), ("low", "a smaller --size")])
+def test_memory_that_runs_out_at_work_is_one_line(tmp_path, memory, advice):
     """That of the process: its address space ends 128 MiB further on once the model is there."""
     code = """if True:
         import resource, sys
@@ -179,10 +180,10 @@ def test_memory_that_runs_out_at_work_is_one_line(tmp_path):
         sys.argv = ["sample.py", "examples/rocket.png", *sys.argv[1:]]
         cli.run(sample.main)
         """
-    done = run(code, "--model", "tiny", "--size", "2048x1024", "--memory", "balanced", "--out", tmp_path / "x.mp4")
+    done = run(code, "--model", "tiny", "--size", "2048x1024", "--memory", memory, "--out", tmp_path / "x.mp4")
     assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
     line = done.stderr.decode().splitlines()[-1]
-    assert line.startswith("sample.py: error: out of memory: try --memory low or a smaller --size (")
+    assert line.startswith(f"sample.py: error: out of memory: try {advice} (")
     assert not list(tmp_path.iterdir())
 
 

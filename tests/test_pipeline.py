@@ -110,12 +110,12 @@ def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
 
 
 def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
-    """Nowhere else: not for another length, in another precision, on another card."""
+    """Nowhere else: not for another length, in another precision, on another card. The memory is that of the real run."""
     svd, frames, card = MODELS["svd"], torch.empty(14, 3, 576, 1024, device="meta"), "NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(pipeline, "SVD", cache(SVD))  # built once
     monkeypatch.setattr(pipeline, "available_memory", lambda device: 80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    cuda, cpu, half = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    cuda, cpu, half, whole = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, torch.float32
     clip = Clip(frames, 7.0, (0.0,) * 14, "ref.mp4", (1024, 576))
     upright, short = replace(clip, frames=frames.transpose(2, 3)), replace(clip, frames=frames[:13])
     for described, expected in (
@@ -123,14 +123,18 @@ def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
         ((svd, upright, 500, cuda, half, "balanced"), "about 3 minutes for 500 steps, besides loading and encoding"),
         ((svd, clip, 1000, cuda, half, "low"), "about 8 minutes for 1000 steps, besides loading and encoding"),
         ((svd, short, 1000, cuda, half, "max"), f"not measured on {card} at this size, precision and memory mode"),
-        ((svd, clip, 1000, cuda, torch.float32, "max"), f"not measured on {card} at this size, precision and memory"),
+        ((svd, clip, 1000, cuda, whole, "max"), f"not measured on {card} at this size, precision and memory"),
     ):
-        lines = dict(pipeline.describe_learning(*described))
+        *others, memory = described
+        lines = dict(pipeline.describe_learning(*others, whole, memory))
         assert lines["memory"].endswith(" of 80.0 GiB") and lines["time"].startswith(expected)
     for card in ("NVIDIA A100", "NVIDIA H100 PCIe"):
-        time = dict(pipeline.describe_learning(svd, clip, 1000, cuda, None, "max"))["time"]
-        assert time.startswith(f"not measured on {card}")
-    assert "time" not in dict(pipeline.describe_learning(MODELS["tiny"], clip, 150, cpu, None, "auto"))
+        lines = dict(pipeline.describe_learning(svd, clip, 1000, cuda, None, half, "max"))
+        assert lines["time"].startswith(f"not measured on {card}")
+    loaded = pipeline.SVD(svd)  # with the precisions that load_into gives it
+    loaded.unet.to(half), loaded.image_encoder.to(half), loaded.vae.to(half)
+    assert lines["memory"] == pipeline.budget_of_learning(loaded, clip, "max").describe()
+    assert "time" not in dict(pipeline.describe_learning(MODELS["tiny"], clip, 150, cpu, None, whole, "auto"))
 
 
 # --------------------------------------------------------------------------------------------------------------- learn

@@ -36,6 +36,7 @@ def clip() -> Clip:
 @contextmanager
 def begun(out, steps=5, save_every=2, settings=None):
     with Run(out, save_every) as run:
+        run.make_way()
         run.begin(settings or {"seed": 0}, WEIGHTS, steps, "python train.py ref.mp4")
         yield run
 
@@ -212,7 +213,8 @@ def test_what_stands_there_is_renamed_and_named(mini_svd, clip, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     for seed in range(3):
         with Run("m.pt", 2) as run:
-            said = run.begin({"seed": seed}, WEIGHTS, 1, "python train.py ref.mp4")
+            said = run.make_way()
+            run.begin({"seed": seed}, WEIGHTS, 1, "python train.py ref.mp4")
             train(mini_svd, clip, run, replace(ADAM, steps=1))
         assert (said != []) == (seed > 0)
     moves = [("m.pt", "m-2.pt"), ("m.run", "m-2.run")]
