@@ -15,7 +15,6 @@ import json
 import os
 import shlex
 import sys
-import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -155,7 +154,7 @@ def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
     if args.compare:
         from minimti.compare import check_comparison
 
-        check_comparison(jobs[0].path.parent, jobs[0].suffix, *args.images, *inputs)
+        check_comparison(jobs, *args.images, *inputs)
     return jobs
 
 
@@ -218,12 +217,11 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
     same = is_made(job, made_from)
     if same and (not args.attention or has_attention(job)):
         return f"{cli.printable(job.path)}: is there, made from the same, and kept"
-    options = {"steps": args.steps, "guidance": args.guidance and tuple(args.guidance), "solver": args.solver}
-    options |= {"schedule": args.schedule, "seed": job.seed, "micro": micro, "unconditional": args.unconditional}
+    options = {name: made_from[name] for name in ("steps", "guidance", "solver", "schedule", "unconditional", "seed")}
     replaced = job.path.exists() and not same
     bars = cli.Bars(job.path.stem)
     with AttentionMaps(svd, num_frames) if args.attention else nullcontext() as maps:
-        video = animate(svd, motion, image, progress=bars, memory=args.memory, **options)
+        video = animate(svd, motion, image, micro=micro, memory=args.memory, progress=bars, **options)
     bars.close()
     frames = enlarged(cut(video, placement))
     remove_attention(job)
@@ -248,7 +246,7 @@ def compare(args: argparse.Namespace, jobs: "list[Job]", motions: "list[Motion]"
             try:
                 row.append(clip_cell(args.emb[index], motions[index], config, names[index]))
             except InputError as error:
-                print(f"note       {error}")
+                print(f"note       {error}; the comparison goes without its clip")
         row += [result_cell(job) for job in jobs if job.motion == index]
         rows.append(row)
     grid, page = write_comparison(jobs[0].path.parent, jobs[0].suffix, rows)
@@ -278,7 +276,7 @@ def main() -> None:
         pixels = decode_image(path)  # read again when its turn comes: twenty photographs take gigabytes
         sizes.append((pixels.shape[-1], pixels.shape[-2]))
     other = decode_image(args.swap) if args.swap else None
-    model = cli.model_of(args, args.emb[0], motions[0]) if motions else "auto" if args.model is None else args.model
+    model = cli.model_of(args, args.emb[0], motions[0]) if motions else args.model
 
     args.device = ranks.device(args.device)
     with ranks.quiet():  # one process prints these for all
@@ -299,17 +297,14 @@ def main() -> None:
                 warnings.warn(f"{path}: {note}", stacklevel=1)
         checkpoint = cli.find_model(args, model)
 
-        began = time.perf_counter()
         svd = cli.load_model(args, checkpoint, device, image_encoder=not args.emb)  # tokens take its embedding's place
-        seconds = time.perf_counter() - began
         used = ("unet", "vae") if args.emb else ("unet", "vae", "image_encoder")
         weights = {name: short(fingerprint(getattr(svd, name))) for name in used}
         if other is not None:
             motions = [swapped(args, svd, other)]
             svd.release("image_encoder")
-        guidance = args.guidance or (UNCONDITIONAL_GUIDANCE if args.unconditional else GUIDANCE)
+        guidance = tuple(args.guidance or (UNCONDITIONAL_GUIDANCE if args.unconditional else GUIDANCE))
         steps = args.steps or config.num_steps
-        print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
         print(f"settings   {steps} steps of {args.solver}, guidance {guidance[0]:g} to {guidance[1]:g}")
 
     same = {"model": config.name, "weights": weights, "steps": steps, "solver": args.solver, "schedule": args.schedule}

@@ -8,14 +8,13 @@ On several GPUs, each of which adds other noise in every step:  torchrun --nproc
 if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
     from minimti import signals, threads
 
-    signals.begin()
+    signals.install(signals.end)
     threads.wait_briefly()
 
 import argparse
 import os
 import shlex
 import sys
-import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from minimti import Clip, Motion, Progress, Recipe
-    from minimti.checkpoint.load import Checkpoint
     from minimti.config import SVDConfig
     from minimti.invert import State
     from minimti.ranks import Ranks
@@ -194,11 +192,13 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
 
     from minimti.pipeline import describe_learning
 
-    _, config, device = cli.choose_model(args, "auto" if args.model is None else args.model)
+    _, config, device = cli.choose_model(args, args.model)
     dtypes = args.dtype and getattr(torch, args.dtype), getattr(torch, args.vae_dtype)
     for out, sources in named:
-        make_folder(out.parent)  # it is missing only where it is that of several embeddings
+        make_folder(out.parent)
         path = check_writable(out.with_name(f"{out.stem}-strip.png"), *args.clips)
+        if any(is_among_pictures(path, source) for source in sources):
+            raise InputError(f"--out {out}: its strip would become a picture of the clip; name another folder")
         clips = read(args, config, sources)
         recipe = recipe_of(args, config, clips)
         draw(args, path, clips, recipe.crop)
@@ -206,6 +206,14 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
         print(f"strip      {path}: {what}, and below them three views as they are augmented; nothing was learned")
         for name, text in describe_learning(config, clips[0], recipe.steps, device, *dtypes, args.memory):
             print(f"{name:10} {text}")
+
+
+def is_among_pictures(path: Path, source: str) -> bool:
+    """Whether a picture would go into the folder of pictures that a clip is read from."""
+    from minimti.io.pictures import find_pictures
+
+    pictures = find_pictures(Path(source))
+    return pictures is not None and path.parent.resolve() == pictures[0].parent.resolve()
 
 
 def draw(args: argparse.Namespace, path: Path, clips: "list[Clip]", crop: bool) -> None:
@@ -311,7 +319,7 @@ def watching(
 
     watchers: list[Callable[[Progress], None]] = [bars, job.run] if ranks.is_first else []
     if args.preview:
-        watchers.append(Previews(job.run, svd, job.clips[0], args.preview, check, writes=ranks.is_first))
+        watchers.append(Previews(job.run, svd, job.clips[0], args.preview, check, ranks))
 
     def watch(progress: "Progress") -> None:
         for watcher in watchers:
@@ -327,7 +335,7 @@ def learn_job(
 ) -> None:
     """Learns an embedding and writes it, also where that is interrupted: `check` raises Interrupted after a signal.
 
-    `facts` are the settings of the embedding that are those of all jobs.
+    `facts` are the entries of Motion.settings that all jobs share.
     """
     from minimti import learn
     from minimti.pipeline import budget_of_learning
@@ -344,7 +352,8 @@ def learn_job(
     finally:  # an interrupt at step 900 keeps the 900
         bars.close()
         sources, times = ", ".join(clip.source for clip in clips), "; ".join(clip.about() for clip in clips)
-        finish(job.run, facts | {"clip": sources, "times": times, "memory": budget.memory})
+        fit = f"{args.fit} at {args.crop_center[0]:.3f} {args.crop_center[1]:.3f}"  # Motion.part reads it
+        finish(job.run, facts | {"clip": sources, "times": times, "fit": fit, "memory": budget.memory})
     print(judged(args, svd, learned, clips[0], ranks, check))
 
 
@@ -397,19 +406,10 @@ def following(args: argparse.Namespace, jobs: list[Job], ranks: "Ranks") -> str:
     """The command line to type next."""
     if not all(job.run.is_done for job in jobs):
         return f"{command(ranks)} --resume"
-    named = args.model is None or args.model in MODELS  # else the embedding's model cannot be found by its name
+    named = args.model in (None, "auto", *MODELS)  # else the embedding's model cannot be found by its name
     model = [] if named else ["--model", args.model]
     embeddings = [word for job in jobs for word in ("--emb", str(job.run.out))]
     return shlex.join(["python", "sample.py", *embeddings, "img.png", *model])
-
-
-def load(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "SVD":
-    """Loads the model, and prints how long that took."""
-    began = time.perf_counter()
-    svd = cli.load_model(args, checkpoint, device)
-    seconds = time.perf_counter() - began
-    print(f"model      {checkpoint.config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
-    return svd
 
 
 def main() -> None:
@@ -423,7 +423,7 @@ def main() -> None:
         if args.dry_run:
             return dry_run(args, named) if ranks.is_first else None
         args.device = ranks.device(args.device)
-        model, config, device = cli.choose_model(args, "auto" if args.model is None else args.model)
+        model, config, device = cli.choose_model(args, args.model)
         jobs = [job_of(args, config, ranks, out, sources) for out, sources in named]
         if ranks.is_first:  # the only one that writes
             for job in jobs:
@@ -431,7 +431,7 @@ def main() -> None:
         left = unfinished(args, jobs, device) if args.resume else jobs
         checkpoint = cli.find_model(args, model)
         stack.enter_context(ranks.joined())
-        svd = load(args, checkpoint, device)
+        svd = cli.load_model(args, checkpoint, device)
         for job in left if ranks.is_first else []:  # all at once: --resume must not find the runs of an earlier command
             if not (args.resume and job.run.is_begun):
                 for note in job.run.make_way():
@@ -446,7 +446,7 @@ def main() -> None:
                 try:
                     learn_job(args, svd, job, ranks, check, facts)
                 except FloatingPointError as error:  # in all processes alike; the next clips can still be learned
-                    failed.append(f"{job.run.out}: {error}")
+                    failed.append(f"{job.run.out}: {error}" if len(jobs) > 1 else str(error))
             if failed:
                 raise FloatingPointError("; ".join(failed))
         finally:

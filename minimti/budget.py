@@ -6,42 +6,30 @@ bytes per cell are those of exact counts (bench/cost.py) at full size, rounded u
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from minimti.config import MEMORY_MODES, SVDConfig
 from minimti.io.files import InputError
 
+if TYPE_CHECKING:
+    from minimti.svd import SVD
+
 GIB = 2**30
 TRAIN = {"max": 310_000, "fast": 200_000, "balanced": 90_000, "low": 35_500}  # bytes per cell, 16 bits, 320 channels
 LOW_GRAPH = 14_500  # bytes per cell that a recorded step of "low" reserves beyond these (bench/results/)
 DENOISE = {"max": 24_000, "fast": 24_000, "balanced": 16_000, "low": 8_000}
-# Bytes per pixel, 32 bits, 128 channels: of an image, several images at once in "max"; and of a clip.
+# Bytes per pixel, 32 bits, 128 channels. ENCODE: of one image, in "max" of several at once. DECODE: of a clip.
 ENCODE = {"max": 19_600, "fast": 2_800, "balanced": 2_800, "low": 2_800}
 DECODE = {"max": 3_600, "fast": 1_150, "balanced": 700, "low": 700}
 DECODERS = {"max": "whole", "fast": "keep", "balanced": "twice", "low": "twice"}
-UNFUSED = 1.3  # times that for "max" without the fused operators (networks/fused.py)
+UNFUSED = 1.3  # factor on TRAIN["max"] without the fused operators (networks/fused.py)
 MARGIN = 1.05  # an allocator needs more than the sum of live tensors
 RESERVE = 0.4 * GIB  # work space of libraries, views, and what small networks need besides
 LEAST_CHANNELS = 160  # narrower networks need more per channel
 # Seconds of a training step with SVD, 14 frames of 1024x576, bfloat16 (bench/results/).
 SECONDS = {"NVIDIA H100 80GB HBM3": {"max": 0.299, "fast": 0.349, "balanced": 0.392, "low": 0.465}}
-
-
-class SVDNetworks(Protocol):
-    """What is taken of svd.SVD, whose module imports this one."""
-
-    @property
-    def unet(self) -> nn.Module:
-        """The UNet."""
-
-    @property
-    def vae(self) -> nn.Module:
-        """The VAE."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of all networks."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Budget:
 
 
 def plan(
-    svd: SVDNetworks,
+    svd: "SVD",
     config: SVDConfig,
     num_frames: int,
     size: tuple[int, int],
@@ -82,7 +70,7 @@ def plan(
     available  bytes that the process can use in all, its own included; None: unknown, then "auto" is "balanced"
     device     its type: "cuda", "cpu", ...
 
-    Raises InputError if not even "low" fits, ValueError for an unknown mode.
+    Raises InputError if "auto" finds that not even "low" fits, ValueError for an unknown mode.
     """
     if memory not in ("auto", *MEMORY_MODES):
         raise ValueError(f"unknown memory mode {memory!r}: auto, {', '.join(MEMORY_MODES)}")
@@ -138,7 +126,7 @@ def seconds_of_step(card: str, memory: str) -> float | None:
 
 
 def _needed(
-    svd: SVDNetworks,
+    svd: "SVD",
     config: SVDConfig,
     num_frames: int,
     size: tuple[int, int],

@@ -102,10 +102,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_model: str) -> 
     """The group "model and machine"."""
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
-    auto = "auto (svd where it is here or on cuda, else tiny)"
+    auto = "auto (official weights that are here, svd on cuda, else tiny)"
     models = f"{auto}, {', '.join(MODELS)}, a .safetensors file, or a diffusers folder"
     add("--model", metavar="NAME|PATH", help=f"{models} (default: {default_model})")
-    revision = "commit, branch or tag of an official model, for one that is downloaded or in its cache (default: main)"
+    revision = "commit, branch or tag of an official model; weights/ is then not searched (default: main)"
     add("--revision", metavar="NAME", help=revision)
     add("--device", help="cuda, mps, cpu, ... (default: cuda or mps where there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of UNet and image encoder (default: bfloat16 on cuda, else float32)")
@@ -127,10 +127,10 @@ def overridden(settings: Any, **values: Any) -> Any:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
-def choose_model(args: argparse.Namespace, model: str) -> "tuple[str, SVDConfig, torch.device]":
-    """The name or path of a model, its configuration, and the device of --device. Raises InputError.
+def choose_model(args: argparse.Namespace, model: str | None) -> "tuple[str, SVDConfig, torch.device]":
+    """The name or path of a model (None: "auto"), its configuration, and the device of --device. Raises InputError.
 
-    Nothing is downloaded: what does not suit the configuration can be refused before.
+    Downloads nothing, so unsuitable arguments are refused before a download.
     """
     import torch
 
@@ -140,7 +140,7 @@ def choose_model(args: argparse.Namespace, model: str) -> "tuple[str, SVDConfig,
     device = pipeline.check_device(args.device or pipeline.default_device())
     if device.type == "cuda":  # the memory that the bars show is that of the current one
         torch.cuda.set_device(device)
-    model = pipeline.automatic(device) if model == "auto" else model
+    model = pipeline.automatic(device) if model is None or model == "auto" else model
     return model, configuration(model, args.revision), device
 
 
@@ -172,17 +172,20 @@ def note_unfinished(emb: str, motion: "Motion") -> None:
 def load_model(
     args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", image_encoder: bool = True
 ) -> "SVD":
-    """The model as --dtype, --vae-dtype and --compile describe it; without its image encoder where that is False."""
+    """Loads a model as --dtype, --vae-dtype and --compile say, and prints a line; `image_encoder` as for `load`."""
     import torch
 
     from minimti import pipeline
 
     dtype = args.dtype and getattr(torch, args.dtype)
     dtypes = {"dtype": dtype, "vae_dtype": getattr(torch, args.vae_dtype)}
+    began = time.perf_counter()
     svd = pipeline.load(checkpoint, device=device, image_encoder=image_encoder, **dtypes)
+    seconds = time.perf_counter() - began
     if args.compile:
         pipeline.compile_unet(svd.unet)
     _loaded.append(weakref.ref(svd))
+    print(f"model      {svd.config.name} from {checkpoint.path}, {svd.dtype} on {device}, {seconds:.1f} s")
     return svd
 
 
@@ -198,7 +201,7 @@ class Bars:
     LABELS = {"encode": "encoding", "learn": "inversion"}
     TEXT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
     LINES = 20  # lines of a stage in a log, at most
-    SECONDS = 2.0  # between two of them, at least, in "sample", which a score is too; the last comes in any case
+    SECONDS = 2.0  # between two lines of "sample", which a score is too, at least; the last line always comes
 
     def __init__(self, label: str = ""):
         self.label, self.stage = label, ""  # the label of stages that have none of their own
@@ -293,9 +296,9 @@ def peak_memory() -> int | None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a program. Unusable input exits with 2, a failure with 1, a signal with 128 + its number, each in a line.
 
-    What the program prints needs no reader: it goes on when a pipe is closed.
+    The program goes on when the reader of its output has gone.
     """
-    # As it ends, Python gives signals their defaults back, which kill without a line. What is ignored stays ignored.
+    # At exit Python restores the default handlers, which kill without a line. Ignored signals stay ignored.
     atexit.register(signals.ignore)
     with _lasting_output():
         sys.exit(_exit_code(main))

@@ -4,9 +4,7 @@ A row for each motion: the clip, then its results. All are shown at the times of
 """
 
 import base64
-import os
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,12 +23,11 @@ from minimti.io.decode import VideoFile
 from minimti.io.files import InputError, atomic_write, check_target
 from minimti.io.pictures import Pictures, find_pictures
 from minimti.io.pixels import to_uint8
-from minimti.io.video import read_clip
 from minimti.io.write import check_frames, enlarged, write_clip, write_video
 from minimti.motion import Motion
 from minimti.page import FIGURE, MARK, PAGE
 from minimti.results import Job, read_record
-from minimti.run import Run
+from minimti.run import read_learned
 
 CELL_SIDE = 384  # pixels: the longer side of a video in a comparison, at most
 COLUMNS = 6  # most videos in a row of the grid: longer rows go on below
@@ -49,9 +46,13 @@ class Cell:
     is_clip: bool = False  # not a result but what it was learned from
 
 
-def check_comparison(folder: Path, suffix: str, *inputs: str) -> None:
-    """Raises InputError where the grid or the page would take the place of an input, or of somebody's own page."""
-    (check_target if suffix else check_frames)(folder / f"grid{suffix}", *inputs)
+def check_comparison(jobs: Sequence[Job], *inputs: str) -> None:
+    """Raises InputError where grid or page would take the place of a result, an input, or somebody's own page."""
+    folder, suffix = jobs[0].path.parent, jobs[0].suffix
+    path = folder / f"grid{suffix}"
+    if path in [job.path for job in jobs]:
+        raise InputError(f"{path}: is the name of the comparison; name the result otherwise as --out")
+    (check_target if suffix else check_frames)(path, *inputs)
     page = check_target(folder / "index.html", *inputs)
     if page.is_file() and MARK not in page.read_text(errors="replace")[:1000]:
         raise InputError(f"{page}: is there, and not by --compare; name another folder as --out")
@@ -84,29 +85,13 @@ def result_cell(job: Job) -> Cell:
 
 
 def clip_cell(emb: str, motion: Motion, config: SVDConfig, name: str) -> Cell:
-    """The clip that an embedding was learned from: the strip of its run folder, or the file, where that is still there.
+    """The clip that an embedding was learned from; `name` is that of the embedding in the label.
 
-    `name` is that of the embedding in the label.
-
-    Raises InputError where neither is there.
+    Raises InputError as `read_learned` does.
     """
-    strip, source = Run(emb, save_every=1).path("clip.png"), motion.settings.get("clip", "")
+    frames = without_bars(to_uint8(read_learned(emb, motion, config).frames))
     fps = motion.fps or motion.micro.fps_id + 1
-    label = f"{name}: the clip"
-    if strip.is_file():
-        with Image.open(strip) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, F W, 3]
-        frames = without_bars(pixels.unflatten(1, (motion.num_frames, -1)).permute(1, 3, 0, 2))  # [F, 3, H, W]
-        return Cell(label, torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
-    # With --together the source is a list, perhaps longer than a name may be.
-    if motion.span and source and os.path.exists(source):
-        start, end = motion.span
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is cut off, which training has said
-            clip = read_clip(source, config, num_frames=motion.num_frames, start=start, end=end, size=motion.size)
-        return Cell(label, torch.stack([small(frame) for frame in to_uint8(clip.frames)]), fps, is_clip=True)
-    where = f"neither {strip} nor {source}" if source else f"no {strip}"
-    raise InputError(f"{emb}: {where} is there; the comparison goes without its clip")
+    return Cell(f"{name}: the clip", torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
 
 
 def without_bars(frames: Tensor) -> Tensor:
@@ -125,11 +110,11 @@ def without_bars(frames: Tensor) -> Tensor:
 
 
 def small(frame: Tensor) -> Tensor:
-    """uint8 [3, H, W] -> at most CELL_SIDE pixels long, at least as long as a result, both sides even."""
+    """uint8 [3, H, W], enlarged as a result is -> at most CELL_SIDE pixels long, both sides even."""
+    frame = enlarged(frame)
     scale = CELL_SIDE / max(frame.shape[-2:])
     if scale < 1:
         frame = T.resize(frame, [max(2, round(scale * side)) for side in frame.shape[-2:]], antialias=True)
-    frame = enlarged(frame)
     return frame[:, : frame.shape[1] // 2 * 2, : frame.shape[2] // 2 * 2]
 
 

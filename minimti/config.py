@@ -6,7 +6,6 @@ The command lines need all of this for their help, so nothing here imports torch
 import json
 import re
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 MEMORY_MODES = ("max", "fast", "balanced", "low")  # fastest first, least memory last (minimti/budget.py)
@@ -144,9 +143,9 @@ def _build(kind: Any, value: Any) -> Any:
 Config = TypeVar("Config")
 _CHOICES = {"recipe": RECIPES}
 
-# The least and the greatest value of a number, or of every number of a tuple, by field. They are several times those of
-# any released video model, those of the options of train.py and sample.py, or the least that can be computed with.
-# Networks within them are described, on the meta device, in seconds; a file whose tensors are others is refused then.
+# Smallest and largest value of a number, or of each number of a tuple, by field. A bound is several times that of any
+# released video model, or that of an option of train.py and sample.py, or the least that can be computed. A network
+# within them is built on the meta device in seconds; a file whose tensors differ from it is then refused.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "num_frames": (1, 1000),
     "size": (1, MAX_SIDE),
@@ -211,8 +210,6 @@ def is_word(value: Any) -> bool:
 
 def _fits(value: Any, kind: Any, minimum: float, maximum: float) -> bool:
     """Whether a value is of a type that a field names, and within its bounds. An int is a float too."""
-    if get_origin(kind) is UnionType:
-        return any(_fits(value, option, minimum, maximum) for option in get_args(kind))
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple) or len(value) > _MAX_ENTRIES:
             return False

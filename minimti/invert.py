@@ -54,12 +54,30 @@ def make_recipe(config: SVDConfig, name: str | None = None) -> Recipe:
     Raises ValueError for another name.
     """
     name = name or config.recipe
-    p_mean, p_std = config.p_mean, config.p_std
-    if name == "paper":  # the paper does not mention cached views; num_cached_views=0 does without
-        return Recipe("adam", False, False, config.num_iterations, 1e-2, p_mean, p_std, crop=True, num_cached_views=100)
+    if name == "paper":
+        return Recipe(
+            optimizer="adam",
+            shared_start=False,
+            spread_sigmas=False,
+            steps=config.num_iterations,
+            lr=1e-2,
+            p_mean=config.p_mean,
+            p_std=config.p_std,
+            crop=True,
+            num_cached_views=100,  # the paper does not mention any; 0 does without
+        )
     if name == "muon":
-        steps = config.num_iterations // PAPER_STEPS_RATIO
-        return Recipe("muon", True, True, steps, 0.2, p_mean, p_std, crop=False, num_cached_views=25)
+        return Recipe(
+            optimizer="muon",
+            shared_start=True,
+            spread_sigmas=True,
+            steps=config.num_iterations // PAPER_STEPS_RATIO,
+            lr=0.2,
+            p_mean=config.p_mean,
+            p_std=config.p_std,
+            crop=False,
+            num_cached_views=25,
+        )
     raise ValueError(f"unknown recipe {name!r}: paper or muon")
 
 
@@ -151,13 +169,14 @@ def view(svd: SVD, clips: Tensor, motion: Motion, flip: bool, crop: bool, index:
 def draw(recipe: Recipe, sigma_max: float, seed: int, index: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """The noise level sigma [1] and the unit noise n of the index-th draw, on the CPU: the same for every device.
 
-    A step takes a draw for each process. Spread sigmas start at the quantile that draw 0 would have.
+    A step takes a draw for each process. With spread sigmas, the quantile of draw i is that of draw 0 plus i GOLDEN,
+    modulo 1.
     """
     generator = _generator(seed, 2 * index + 1)
     quantile = torch.rand(1, generator=generator)
     if recipe.spread_sigmas:
         first = torch.rand(1, generator=_generator(seed, 1))
-        quantile = (first + index * GOLDEN) % 1
+        quantile = (first + index * GOLDEN % 1) % 1  # the product in double precision: in fp32 it would be coarse
     sigma = edm.training_sigma(quantile, recipe.p_mean, recipe.p_std, sigma_max)
     return sigma, torch.randn(shape, generator=generator)
 
@@ -214,9 +233,9 @@ class TokenOptimizer(Protocol):
 class Adam:
     """The paper's optimiser (B.2), at a constant rate."""
 
-    def __init__(self, tokens: Tensor, recipe: Recipe, done: int = 0):
+    def __init__(self, tokens: Tensor, lr: float):
         self.tokens = tokens
-        self.torch_optimizer = torch.optim.Adam([tokens], recipe.lr, capturable=tokens.is_cuda)
+        self.torch_optimizer = torch.optim.Adam([tokens], lr, capturable=tokens.is_cuda)
 
     def step(self, grad: Tensor) -> None:
         """One step along a gradient of the tokens' shape."""
@@ -225,22 +244,18 @@ class Adam:
         self.tokens.grad = None
 
 
-# tokens, recipe, and how many of the recipe's steps have been taken
-OPTIMIZERS: dict[str, Callable[..., TokenOptimizer]] = {
-    "adam": Adam,
-    "muon": lambda tokens, recipe, done=0: SharedMuon(tokens, recipe.lr, recipe.steps, done),
-}
-
-
 def make_optimizer(motion: Motion, recipe: Recipe, state: State | None = None) -> TokenOptimizer:
     """The recipe's optimiser for the step that follows `motion.steps`; new, or that of a state."""
-    if state is None:
-        return OPTIMIZERS[recipe.optimizer](motion.tokens, recipe)
-    schedule = replace(recipe, steps=recipe.steps - state.begun)
-    optimizer = OPTIMIZERS[recipe.optimizer](motion.tokens, schedule, state.steps - state.begun)
-    inner = optimizer.torch_optimizer
-    # all but the state follows from recipe and device
-    inner.load_state_dict({**inner.state_dict(), "state": deepcopy(state.optimizer)})
+    optimizer: TokenOptimizer
+    if recipe.optimizer == "muon":
+        begun, done = (state.begun, state.steps) if state else (0, 0)
+        optimizer = SharedMuon(motion.tokens, recipe.lr, recipe.steps - begun, done - begun)
+    else:
+        optimizer = Adam(motion.tokens, recipe.lr)
+    if state:
+        inner = optimizer.torch_optimizer
+        # all but the state follows from recipe and device
+        inner.load_state_dict({**inner.state_dict(), "state": deepcopy(state.optimizer)})
     return optimizer
 
 

@@ -26,11 +26,8 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 # --tokens admits) and keeps reading within 1 GB of memory.
 MAX_NUMBERS = 2**25  # elements of the tokens, 128 MiB
 MAX_ABOUT = 2**20  # bytes of everything but the tokens: data.pkl, or the header of safetensors
-MAX_ENTRIES, MAX_NAME, MAX_TEXT = (
-    64,
-    256,
-    2000,
-)  # entries of a dict, characters of its keys and texts: less than MAX_ABOUT
+MAX_ENTRIES = 64  # of a dict
+MAX_NAME, MAX_TEXT = 256, 2000  # characters of its keys and of its texts; all together less than MAX_ABOUT
 
 
 @dataclass
@@ -69,8 +66,14 @@ class Motion:
     @property
     def span(self) -> tuple[float, float] | None:
         """When its clip begins and ends in the file, in seconds; None where the settings do not say."""
-        times = re.match(r"([0-9.]+) to ([0-9.]+) s", self.settings.get("times", ""))
+        times = re.match(r"(\d+\.\d+) to (\d+\.\d+) s", self.settings.get("times", ""), re.ASCII)
         return (float(times[1]), float(times[2])) if times else None
+
+    @property
+    def part(self) -> tuple[str, tuple[float, float]]:
+        """How its clip was fitted, and the centre of a crop, as `place` takes them; else the middle of the picture."""
+        part = re.fullmatch(r"(crop|pad|stretch) at ([01]\.\d+) ([01]\.\d+)", self.settings.get("fit", ""), re.ASCII)
+        return (part[1], (float(part[2]), float(part[3]))) if part else ("crop", (0.5, 0.5))
 
     def check_fits(self, config: SVDConfig) -> None:
         """Raises InputError if the embedding was learned on another model than `config` describes."""
@@ -84,7 +87,7 @@ class Motion:
     def check(self) -> None:
         """Raises InputError, naming the field, where the embedding is none that `save` would write and `load` read."""
         if fault := _fault(self):
-            raise InputError(f"no embedding that can be saved: {fault}")
+            raise InputError(f"the embedding cannot be saved: {fault}")
 
     def save(self, path: str | Path) -> None:
         """Writes the file that `load` reads: safetensors if the name ends so, else PyTorch's format.
@@ -93,10 +96,10 @@ class Motion:
         escaped, and those after MAX_TEXT are left out. Raises InputError as `check` does, and where the file cannot be
         written.
         """
-        about: dict[str, Any] = {key: value for key, value in vars(self).items() if key != "tokens"}
-        about |= {"settings": {key: printable(text, MAX_TEXT) for key, text in self.settings.items()}}
-        replace(self, settings=about["settings"]).check()
-        about |= {"micro": asdict(self.micro), "version": __version__}
+        motion = replace(self, settings={key: printable(text, MAX_TEXT) for key, text in self.settings.items()})
+        motion.check()
+        about = {**vars(motion), "micro": asdict(self.micro), "version": __version__}
+        del about["tokens"]
         text = json.dumps(about, ensure_ascii=False)
         tokens = self.tokens.detach().cpu().contiguous()
         with atomic_write(path) as part:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MIN_SIDE = 16  # the fewest rows and columns of a weight that counts as a matrix
-UPDATE_RMS = 0.2  # rms of an update over the learning rate, about Adam's: both can share a rate (Liu et al. 2025)
+UPDATE_RMS = 0.2  # rms of an update is this times the rate, about as in Adam: both can use one rate (Liu et al. 2025)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # move singular values near 1 within ITERATIONS rather than exactly to it
 ITERATIONS = 5
 

@@ -184,13 +184,15 @@ def learn(
     memory      how much memory to take, which changes the time alone: "auto", the fastest way that fits what is free,
                 "max", "fast", "balanced" or "low", or a Budget that `make_budget` returned
     progress    called as the work goes on. An exception that it raises ends the work; Progress.motion has the tokens.
-    resume      go on from here, with the clip and the settings of the run that it is from. `steps` counts all steps:
-                those done before too. More of them than that run had: set State.begun for another cosine of the rate
+    resume      go on from here, with the same clips and settings. `steps` counts all steps, those done before too. For
+                more steps than that run had, set State.begun to the steps done: the added ones get their own schedule
     ranks       joined processes that learn together: a step takes other noise in each of them, and the mean gradient
-    fetch_every steps between two calls of progress in which the tokens are those of the step; default: 10, on a CPU 1
+    fetch_every steps between two fetches of losses: only then are the tokens those of Progress.step; default: 10, on a
+                CPU 1
 
     The tokens are on the device of the model. Raises FloatingPointError after a loss or gradient that is not finite,
-    ValueError for an unknown recipe or clips that do not fit together, RuntimeError where a network has been released.
+    InputError where memory does not suffice or the embedding could not be saved, ValueError for an unknown recipe or
+    clips that do not fit together, RuntimeError where a network has been released.
     """
     together = [clip] if isinstance(clip, Clip) else [*clip]
     if len({c.frames.shape for c in together}) != 1:
@@ -289,9 +291,9 @@ def animate(
     memory         how much memory to take, as for `learn`
     progress       called after each step of the solver
 
-    Raises InputError where the motion was learned on another model, ValueError for an image of another shape, an
-    unknown solver, schedule or memory mode, a schedule that does not suit the model, or no steps, FloatingPointError
-    where a sample is not finite, RuntimeError where a network has been released.
+    Raises InputError where the motion was learned on another model or memory does not suffice, ValueError for an image
+    of another shape, an unknown solver, schedule or memory mode, a schedule that does not suit the model, or no steps,
+    FloatingPointError where a sample is not finite, RuntimeError where a network has been released.
     Warns where the motion was learned on other weights of the same model.
     """
     config = svd.config
@@ -300,7 +302,7 @@ def animate(
     if solver not in edm.SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: {', '.join(edm.SOLVERS)}")
     if schedule not in SCHEDULES or (schedule == "ays" and config.sigma_max != edm.AYS_SIGMAS[0]):
-        raise ValueError(f"the schedule {schedule!r} is none of {config.name}")
+        raise ValueError(f"{config.name} has no schedule {schedule!r}")
     steps = config.num_steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"a sample takes at least one step, not {steps}")

@@ -30,7 +30,7 @@ class Ranks:
         return self.rank == 0
 
     def device(self, asked: str | None) -> str | None:
-        """The device to compute on: cuda, asked for or by default, is another GPU in each process of a machine."""
+        """The device to compute on; under torchrun, where cuda is named or the default, a GPU for each process."""
         if self.count > 1 and asked in (None, "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local}"
         return asked

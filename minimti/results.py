@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,12 @@ def plan(
     suffix = Path(out).suffix.lower()
     if suffix in (".mp4", ".gif"):
         if suffix != SUFFIXES[form]:
-            raise InputError(f"--out {out}: is no name for --format {form}; leave one of them out")
+            raise InputError(f"--out {out}: does not fit --format {form}; leave one of them out")
         if len(jobs) > 1:
             raise InputError(f"--out {out}: one file cannot hold {len(jobs)} videos; name a folder")
-        path = check_writable(out, *read)
-        return [Job(path, jobs[0].motion, jobs[0].image, jobs[0].seed, jobs[0].label)]
+        job = replace(jobs[0], path=check_writable(out, *read))
+        check_target(job.record, *read)
+        return [job]
     if os.path.isfile(out) or suffix in (".mov", ".webm", ".mkv", ".avi"):
         raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4 or .gif")
     path, count = Counter(job.path for job in jobs).most_common(1)[0]

@@ -30,13 +30,15 @@ from torchvision.transforms.v2 import functional as T
 
 from minimti import __version__
 from minimti.checkpoint.fingerprint import differs
+from minimti.config import SVDConfig
 from minimti.invert import State, View
 from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
 from minimti.io.pixels import to_uint8
-from minimti.io.video import Clip
+from minimti.io.video import Clip, read_clip
 from minimti.io.write import enlarged, write_clip, write_frames, write_strip
 from minimti.motion import Motion
 from minimti.pipeline import Progress, animate
+from minimti.ranks import ALONE, Ranks
 from minimti.svd import SVD, Conditioning
 
 SMOOTHED = 50  # losses in the mean that the curve shows
@@ -56,7 +58,7 @@ class Run:
 
     def __init__(self, out: str | Path, save_every: int):
         self.out, self.save_every = Path(out), save_every
-        self.folder = _folder(self.out)
+        self.folder = folder_of(self.out)
         self.legs: list[int] = []  # steps of each schedule of the rate: [500]; [500, 200] where 200 were added
         self.adds = False  # whether the last schedule follows a finished run
         self.done: int | None = None  # steps of the embedding, once it is there
@@ -294,15 +296,14 @@ class Run:
 
 
 class Previews:
-    """An object to be called with each Progress of `learn`: every so many steps it shows what the tokens are worth.
+    """An object to be called with each Progress of `learn`; every so many steps it writes a preview.
 
-    It writes preview-00100.mp4: the clip, and beside it what the tokens make of the clip's first frame.
+    preview-00100.mp4 shows the clip, and beside it what the tokens make of the clip's first frame.
     """
 
-    def __init__(self, run: Run, svd: SVD, clip: Clip, every: int, check: Callable[[], None], *, writes: bool = True):
-        self.run, self.svd, self.clip, self.every = run, svd, clip, every
+    def __init__(self, run: Run, svd: SVD, clip: Clip, every: int, check: Callable[[], None], ranks: Ranks = ALONE):
+        self.run, self.svd, self.clip, self.every, self.ranks = run, svd, clip, every, ranks
         self.check = check  # called between two steps of sampling; an exception that it raises ends them
-        self.writes = writes  # False in all processes of torchrun but one
         self.shown = 0  # steps at the last preview, or where the run began or was resumed
 
     def __call__(self, progress: Progress) -> None:
@@ -316,10 +317,43 @@ class Previews:
             motion = replace(progress.motion, tokens=progress.motion.tokens.clone())
             memory = "low" if self.svd.budget.memory == "low" else "balanced"  # what the step needs stays allocated
             first, check = self.clip.frames[:1], lambda _: self.check()
-            video = animate(self.svd, motion, first, seed=motion.seed, memory=memory, progress=check)
+            try:
+                video = animate(self.svd, motion, first, seed=motion.seed, memory=memory, progress=check)
+            except (FloatingPointError, torch.OutOfMemoryError) as error:
+                if self.ranks.count > 1:  # the others wait for this process
+                    raise
+                reason = str(error).splitlines()[0]
+                return warnings.warn(f"no preview after {progress.step} steps: {reason}", stacklevel=2)
             beside = torch.cat([enlarged(part) for part in (to_uint8(self.clip.frames), video)], dim=-1)  # [F, 3, H, W]
-            if self.writes:
+            if self.ranks.is_first:
                 write_clip(self.run.path(f"preview-{progress.step:05}.mp4"), beside, self.clip.fps)
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of an embedding's run."""
+    return out.with_name((out.stem if out.suffix in (".pt", ".safetensors") else out.name) + ".run")
+
+
+def read_learned(emb: str | Path, motion: Motion, config: SVDConfig, source: str | None = None) -> Clip:
+    """The clip that an embedding was learned from, the first of several, at the embedding's size.
+
+    It is read from `source`, else from the frames in the folder of the run, else from the file that the embedding
+    names. Files are read at the times and in the part of the picture that the embedding names.
+
+    Raises InputError where there is none of them, or it does not hold such a clip.
+    """
+    kept, named = folder_of(Path(emb)) / "frames", motion.settings.get("clip", "")
+    count, size = motion.num_frames, motion.size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what is cut off, which training has said
+        if source is None and kept.is_dir():
+            return read_clip(kept, config, num_frames=count, size=size, stride=1)
+        if source is None and named and motion.span and os.path.exists(named):
+            source = named
+        if source is None:
+            raise InputError(f"{emb}: neither {kept} nor {named or 'its clip'} is there")
+        (start, end), (how, center) = motion.span or (0.0, None), motion.part
+        return read_clip(source, config, num_frames=count, size=size, start=start, end=end, how=how, center=center)
 
 
 def digest(clips: Sequence[Clip]) -> str:
@@ -366,16 +400,12 @@ def _how(setting: str, value: Any) -> str:
     return f"without --{option}" if value is None else f"with --{option} {'paper' if value == 'adam' else value}"
 
 
-def _folder(out: Path) -> Path:
-    return out.with_name((out.stem if out.suffix in (".pt", ".safetensors") else out.name) + ".run")
-
-
 def _free(out: Path) -> tuple[Path, Path]:
     """The first of m-1.pt, m-2.pt, ... that, with its folder, does not exist; and this folder."""
     k = 1
-    while (new := out.with_name(f"{out.stem}-{k}{out.suffix}")).exists() or _folder(new).exists():
+    while (new := out.with_name(f"{out.stem}-{k}{out.suffix}")).exists() or folder_of(new).exists():
         k += 1
-    return new, _folder(new)
+    return new, folder_of(new)
 
 
 def _rename(source: Path, target: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """Did it work?  python -m minimti.score m.pt
 
 The embedding moves the first frame of its own clip, and the result is held against the clip. A motion that cannot be
-replayed from its own first frame will not transfer. Two figures, each at most 1, stand beside those of plain
-image-to-video, which has seen nothing of the motion, and those of the clip itself after the autoencoder, the best that
-the model could do:
+replayed from its own first frame will not transfer. There are two figures, each at most 1, for three videos: this one;
+plain image-to-video, whose tokens do not depend on the motion; and the clip after the autoencoder, the best that the
+model could do:
 
 motion      agreement of what moves: of the differences between frames, in the model's latents; 0: unrelated
 appearance  similarity of each frame to that of the clip, by the model's image encoder
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from minimti import Motion, Progress
     from minimti.svd import SVD
 
-# The figure of motion, by model: from the first on transfer can be expected, below the second it is not to be.
+# By model, two limits of the figure "motion": from the first on expect a transfer, below the second do not.
 # Measured by `python -m minimti.evaluate --seeds 0 1 2 --motions 4 --targets 2 --only score` (weights/tiny/README.md):
 # other pairs between 0.6 and 0.8, where few embeddings lie, are right about as often.
 THRESHOLDS = {"tiny": (0.7, 0.6)}
@@ -177,7 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("emb", metavar="FILE", help="the embedding, written by train.py")
     what = "videos that sample.py made of it"
     parser.add_argument("results", nargs="*", metavar="RESULT", help=what)
-    clip = "the clip, where m.run/ is not beside m.pt: read at the times that the embedding names, else from its start"
+    clip = "the clip, where m.run/ is not beside m.pt and the clip has moved: read as the embedding names, else whole"
     parser.add_argument("--clip", metavar="CLIP", help=clip)
     cli.add_model_arguments(parser, default_model="the embedding's")
     cli.add_advanced_arguments(parser)
@@ -189,31 +189,25 @@ def main() -> None:
     args = parse()
 
     from minimti import Motion, read_clip
-    from minimti.run import Run
+    from minimti.run import read_learned
 
     motion = Motion.load(args.emb)
     cli.note_unfinished(args.emb, motion)
     model = cli.model_of(args, args.emb, motion)
-    kept = Run(args.emb, save_every=1).path("frames")
-    if not args.clip and not kept.is_dir():
-        raise InputError(f"{args.emb}: its clip is not beside it, in {kept}; name the clip as --clip")
     model, config, device = cli.choose_model(args, model)
-    count = motion.num_frames
     motion.check_fits(config)
-    if args.clip:
-        start, end = motion.span or (0.0, None)
-        clip = read_clip(args.clip, config, num_frames=count, size=motion.size, start=start, end=end)
-    else:
-        clip = read_clip(kept, config, num_frames=count, size=motion.size, stride=1)
+    try:
+        clip = read_learned(args.emb, motion, config, args.clip)
+    except InputError as error:
+        raise error if args.clip else InputError(f"{error}; name the clip as --clip") from error
     like = replace(config, size=motion.size)  # a result has this size, upright where its image is
     with warnings.catch_warnings():
         # A result of another shape is measured in its middle; there is no option for another part.
         warnings.filterwarnings("ignore", message=".* of the picture is used")
-        results = [read_clip(path, like, num_frames=count, stride=1).frames for path in args.results]
+        results = [read_clip(path, like, num_frames=motion.num_frames, stride=1).frames for path in args.results]
 
     checkpoint = cli.find_model(args, model)
     svd = cli.load_model(args, checkpoint, device)
-    print(f"model      {config.name} from {checkpoint.path}, {svd.dtype} on {device}")
     bars = cli.Bars("score")
     found = describe(svd, motion, clip.frames, args.memory, bars)
     bars.close()

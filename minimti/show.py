@@ -35,7 +35,7 @@ def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
     """Names and texts about an embedding. Raises InputError where the file is none."""
     from minimti.motion import Motion
     from minimti.results import flat, short
-    from minimti.run import Run
+    from minimti.run import folder_of
 
     motion = Motion.load(path)
     sets, num_tokens, width = motion.tokens.shape
@@ -50,7 +50,7 @@ def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
     yield "fps", f"{motion.fps or motion.micro.fps_id + 1:.4g}"
     yield from flat(vars(motion.micro))
     yield from flat({name: text for name, text in motion.settings.items() if name != "steps"})
-    strip = Run(path, save_every=1).path("clip.png")
+    strip = folder_of(path) / "clip.png"
     if strip.is_file():
         yield "strip", f"{strip} (the frames that were learned)"
 
@@ -63,7 +63,9 @@ def about_result(path: Path) -> Iterator[tuple[str, str]]:
         record = read_record(path)
     elif path.suffix == ".mp4" and (found := metadata(path)):
         record = found
-    elif path.is_dir() or require_file(path):
+    else:
+        if not path.is_dir():
+            require_file(path)
         if not record_of(path).is_file():
             raise InputError(f"{path}: says nothing of how it was made, and no {record_of(path).name} is beside it")
         record = read_record(record_of(path))

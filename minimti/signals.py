@@ -7,7 +7,6 @@ what must be whole is written under `held`.
 This module imports nothing slow: the programs install `end` before they import anything else.
 """
 
-import atexit
 import os
 import signal
 import sys
@@ -59,13 +58,6 @@ def install(handler: Callable[[int, Any], Any]) -> None:
             signal.signal(number, handler)
 
 
-def begin() -> None:
-    """The first call of a program: signals end it with one line, until it has ended by itself."""
-    install(end)
-    # One that comes while the interpreter is shut down would end a finished program without a line.
-    atexit.register(ignore)
-
-
 @contextmanager
 def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     """`install` within a block, and what was there before after it.
@@ -87,10 +79,10 @@ def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def held(agree: Callable[[bool], bool] = bool) -> Iterator[Callable[[], None]]:
-    """Within it signals wait until the yielded function is called, which raises Interrupted, or for the block's end.
+    """Holds signals back within the block. The yielded function raises Interrupted if one has come.
 
-    An error that ends the block comes before them: its message must not be lost. Where several processes work together,
-    `agree` (Ranks.any) makes a signal to one of them stop all at the same call.
+    At the end of the block those that came are raised again, but not after an error: its message must not be lost.
+    Where several processes work together, `agree` (Ranks.any) makes a signal to one of them stop all at the same call.
     """
     came: list[int] = []
 

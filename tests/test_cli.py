@@ -234,7 +234,7 @@ def test_every_option_of_training_reaches_the_pipeline(work, call, reached):
 def test_every_option_of_sampling_reaches_the_pipeline(work, call, reached):
     args = ["--emb", "m.pt", "img.png", *SMALL_FILE, "--out", "none.mp4"]
     call("sample.py", *args)
-    assert reached["steps"] is None and reached["guidance"] is None and reached["solver"] == "euler"
+    assert reached["steps"] == SMALL.num_steps and reached["guidance"] == (1, 3) and reached["solver"] == "euler"
     assert reached["seed"] == 0 and not reached["unconditional"] and reached["memory"] == "auto"
     assert reached["micro"] == SMALL.micro
     more = "--steps 9 --guidance 2 4 --solver heun --seed 3 --unconditional --memory low --fps 12 --motion-bucket 30"
@@ -420,6 +420,7 @@ TRAIN = [
     (["ref.mp4", "--end", "nan"], "argument --end: 'nan' is not a time"),
     (["ref.mp4", "--crop-center", "0.5", "2"], "argument --crop-center: 2 is not in 0..1"),
     (["ref.mp4", "--fit", "fill"], "argument --fit: invalid choice: 'fill'"),
+    (["*.png", "--dry-run", "--out", "x.pt"], "--out x.pt: its strip would become a picture of the clip; name another"),
     (["ref.mp4", "--dry-run", "--out", "no/m.pt"], "no/m.pt: cannot be written (No such file or directory)"),
     (["none*.png", *SMALL_FILE], "none*.png: no file has such a name"),
     (["ref.mp4", "nothing.mp4"], "nothing.mp4: no such file"),
@@ -656,7 +657,7 @@ def test_steps_that_were_added_are_in_the_command_of_the_embedding(work, call):
     assert settings["minimti"] == minimti.__version__
 
 
-def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token(work, call):
+def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token(work, call, monkeypatch):
     args = ("train.py", "ref.mp4", *SMALL_FILE, "--steps", "3", "--cache", "2")
     assert call(*args, "--out", "plain.pt")[0] == 0
     code, _, error = call(*args, "--out", "shown.pt", "--preview", "2")
@@ -668,6 +669,13 @@ def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token
     clip = (read_clip(work / "ref.mp4", SMALL).frames + 1) * 127.5
     assert (frames[..., :128] - clip).abs().mean() < 4 < (frames[..., 128:] - clip).abs().mean()
     assert torch.equal(Motion.load(work / "plain.pt").tokens, Motion.load(work / "shown.pt").tokens)
+
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("minimti.run.animate", too_large)
+    code, _, error = call(*args, "--out", "unseen.pt", "--preview", "2")
+    assert code == 0 and "train.py: warning: no preview after 2 steps: CUDA out of memory" in error
 
 
 # ----------------------------------------------------------------------------------------------------- several clips

@@ -26,7 +26,7 @@ from minimti.config import MODELS
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
-from minimti.io.write import write_clip, write_strip, write_video
+from minimti.io.write import write_clip, write_frames, write_video
 from minimti.motion import Motion
 from minimti.results import Job, write_record
 
@@ -75,6 +75,7 @@ def test_cells_are_neither_large_nor_tiny():
     assert small(torch.zeros(3, 576, 1024, dtype=torch.uint8)).shape == (3, 216, 384)
     assert small(torch.zeros(3, 64, 64, dtype=torch.uint8)).shape == (3, 256, 256)
     assert small(torch.zeros(3, 301, 1001, dtype=torch.uint8)).shape == (3, 114, 384)
+    assert small(torch.zeros(3, 128, 228, dtype=torch.uint8)).shape == (3, 216, 384)
 
 
 def embedding(**fields) -> Motion:
@@ -82,18 +83,17 @@ def embedding(**fields) -> Motion:
 
 
 def test_a_clip_is_read_again_where_its_run_folder_is_gone(tmp_path):
-    noise = torch.randint(0, 256, (30, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (30, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     write_clip(tmp_path / "ref.mp4", noise, 10)
     facts = {"clip": str(tmp_path / "ref.mp4"), "times": "0.50 to 1.80 s of 3.0 s, 10 fps"}
-    cell = clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts, fps=10.0), TINY, "m")
-    clip = read_clip(tmp_path / "ref.mp4", TINY, start=0.5, end=1.8)
-    assert torch.equal(cell.video[:, :, ::4, ::4], to_uint8(clip.frames)) and cell.fps == 10 and cell.is_clip
+    for fit, options in (({}, {}), ({"fit": "crop at 1.000 0.250"}, {"center": (1.0, 0.25)})):
+        cell = clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts | fit, fps=10.0), TINY, "m")
+        clip = read_clip(tmp_path / "ref.mp4", TINY, start=0.5, end=1.8, **options)
+        assert torch.equal(cell.video[:, :, ::4, ::4], to_uint8(clip.frames)) and cell.fps == 10 and cell.is_clip
     (tmp_path / "ref.mp4").unlink()
-    with pytest.raises(
-        InputError, match="neither .*m.run/clip.png nor .*ref.mp4 is there; the comparison goes without"
-    ):
+    with pytest.raises(InputError, match="neither .*m.run/frames nor .*ref.mp4 is there"):
         clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY, "m")
-    with pytest.raises(InputError, match="no .*m.run/clip.png is there"):
+    with pytest.raises(InputError, match="neither .*m.run/frames nor its clip is there"):
         clip_cell(str(tmp_path / "m.pt"), embedding(), TINY, "m")
     facts["clip"] = ", ".join(f"walk{k}.mp4" for k in range(40))  # of --together: longer than a name may be
     with pytest.raises(InputError, match="nor walk0.mp4, .* is there"):
@@ -105,7 +105,7 @@ def test_the_bars_of_a_padded_clip_are_cut_off(tmp_path):
     frames[:, :, :, 20:44] = torch.linspace(0.0, 1.0, 14)[:, None, None, None]
     frames[0, :, :, 20:22] = -1.0  # black in one frame only
     (tmp_path / "m.run").mkdir()
-    write_strip(tmp_path / "m.run" / "clip.png", frames[None])
+    write_frames(tmp_path / "m.run" / "frames", to_uint8(frames))
     cell = clip_cell(str(tmp_path / "m.pt"), embedding(), TINY, "m")
     assert cell.video.shape == (14, 3, 256, 96) and (cell.video[1:] > 0).all()
     night = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -139,12 +139,12 @@ def test_a_page_is_whole_in_itself_and_escapes_names(tmp_path):
 
 
 def test_nobodys_page_is_replaced(tmp_path):
-    rows = [[Cell("a", rising(3), 7)]]
+    rows, jobs = [[Cell("a", rising(3), 7)]], [Job(tmp_path / "a.mp4", None, 0, 0, "a")]
     write_comparison(tmp_path, ".mp4", rows)
-    check_comparison(tmp_path, ".mp4")  # its own
+    check_comparison(jobs)  # its own
     (tmp_path / "index.html").write_text("<html>mine</html>")
     with pytest.raises(InputError, match="index.html: is there, and not by --compare"):
-        check_comparison(tmp_path, ".mp4")
+        check_comparison(jobs)
 
 
 # Collects where the videos stand while they play, and after a step; the page's clock is `time`.

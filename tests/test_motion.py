@@ -379,7 +379,7 @@ def test_saving_refuses_what_loading_would(tmp_path):
         {"settings": {str(i): "" for i in range(65)}},
     ):
         for name in ("m.pt", "m.safetensors"):
-            with pytest.raises(InputError, match="no embedding that can be saved: "):
+            with pytest.raises(InputError, match="the embedding cannot be saved: "):
                 replace(make(), **changes).save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 

@@ -163,7 +163,9 @@ def test_out_of_memory_is_one_line_that_names_the_next_smaller_setting(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("memory, advice", [("balanced", "--memory low or a smaller --size"), ("low", "a smaller --size")])
+@pytest.mark.parametrize(
+    "memory, advice", [("balanced", "--memory low or a smaller --size"), ("low", "a smaller --size")]
+)
 def test_memory_that_runs_out_at_work_is_one_line(tmp_path, memory, advice):
     """That of the process: its address space ends 128 MiB further on once the model is there."""
     code = """if True:

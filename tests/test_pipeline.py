@@ -110,7 +110,7 @@ def test_load_takes_a_name_a_path_and_what_suits_the_machine(tmp_path):
 
 
 def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
-    """Nowhere else: not for another length, in another precision, on another card. The memory is that of the real run."""
+    """Not for another length, in another precision, on another card. The memory is that of the real run."""
     svd, frames, card = MODELS["svd"], torch.empty(14, 3, 576, 1024, device="meta"), "NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(pipeline, "SVD", cache(SVD))  # built once
     monkeypatch.setattr(pipeline, "available_memory", lambda device: 80 * 2**30)

@@ -18,7 +18,8 @@ import sample
 from minimti import attention_maps, cli, edm, pipeline
 from minimti.config import MODELS
 from minimti.io.image import read_image
-from minimti.io.write import write_strip
+from minimti.io.pixels import to_uint8
+from minimti.io.write import write_frames
 from minimti.motion import Motion
 from minimti.svd import SVD
 
@@ -226,9 +227,10 @@ REFUSED = [
     (["--emb", "m.pt", "--swap", "a.png", "a.png"], "--swap and --emb: each of them sets the motion; give one"),
     (["a.png", "--attention"], "--attention: needs --emb"),
     (["--emb", "m.pt", "a.png", "--schedule", "ays"], "--schedule ays: is for SVD, whose noise begins at 700"),
-    (["--emb", "m.pt", "a.png", "--format", "png", "--out", "x.mp4"], "x.mp4: is no name for --format png"),
-    (["--emb", "m.pt", "a.png", "--format", "gif", "--out", "x.mp4"], "x.mp4: is no name for --format gif"),
+    (["--emb", "m.pt", "a.png", "--format", "png", "--out", "x.mp4"], "x.mp4: does not fit --format png"),
+    (["--emb", "m.pt", "a.png", "--format", "gif", "--out", "x.mp4"], "x.mp4: does not fit --format gif"),
     (["--emb", "m.pt", "a.png", "--compare", "--out", "site"], "site/index.html: is there, and not by --compare"),
+    (["--emb", "m.pt", "a.png", "--compare", "--out", "grid.mp4"], "grid.mp4: is the name of the comparison"),
     (["--emb", "m.pt", "a.png", "--seeds", "0"], "argument --seeds: 0 is not in"),
     (["--emb", "m.pt", "a.png", "--format", "avi"], "argument --format: invalid choice: 'avi'"),
     (["--swap", "nothing.png", "a.png"], "nothing.png: no such file"),
@@ -252,11 +254,11 @@ def test_what_does_not_go_together_is_refused_before_the_work(folder, made, call
 
 
 def test_a_comparison_has_the_clip_before_the_results_of_each_motion(folder, made, call):
-    strip = torch.stack([torch.full((3, 64, 64), index / 14) for index in range(14)])
+    frames = torch.stack([torch.full((3, 64, 64), index / 14) for index in range(14)])
     Path("m.run").mkdir()
-    write_strip("m.run/clip.png", strip[None])
+    write_frames("m.run/frames", to_uint8(frames))
     code, out, error = call("--emb", "m.pt", "--emb", "n.pt", "a.png", "photos", "--out", "r", "--compare")
-    assert code == 0 and "note       n.pt: neither n.run/clip.png nor clip1.mp4 is there" in out, error
+    assert code == 0 and "note       n.pt: neither n.run/frames nor clip1.mp4 is there; the comparison" in out, error
     with av.open("r/grid.mp4") as container:
         first, *_, last = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert first.shape == (2 * 284, 4 * 260, 3)
@@ -367,7 +369,7 @@ def test_the_sampler_takes_the_noise_levels_of_the_schedule(mini_svd, monkeypatc
     config = mini_svd.config
     karras = edm.karras_sigmas(10, config.sigma_min, config.sigma_max, config.rho)
     assert torch.equal(seen[0], karras) and torch.equal(seen[1], edm.ays_sigmas(10))
-    with pytest.raises(ValueError, match="the schedule 'linear' is none of mini"):
+    with pytest.raises(ValueError, match="mini has no schedule 'linear'"):
         pipeline.animate(mini_svd, None, torch.zeros(1, 3, 32, 48), schedule="linear")
 
 

@@ -206,7 +206,7 @@ def test_without_its_run_an_embedding_needs_the_clip(call):
     embedding().save("alone.pt")
     code, out, error = call(score, "alone.pt", *MODEL)
     assert code == 2 and not out and error.count("\n") == 1
-    assert "alone.pt: its clip is not beside it, in alone.run/frames; name the clip as --clip" in error
+    assert "alone.pt: neither alone.run/frames nor its clip is there; name the clip as --clip" in error
     assert lines(call(score, "alone.pt", "--clip", "m.run/frames", *MODEL)[1]) == lines(call(score, "m.pt", *MODEL)[1])
 
 

@@ -202,7 +202,7 @@ def load_into(
     check(needed, tensors.shapes, drops, str(path))
     for name in {name for source in needed.values() for name in source.names}:
         if tensors.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
-            raise InputError(f"{path}: {name} holds no weights but {tensors.dtypes[name]}")
+            raise InputError(f"{path}: {name} is {tensors.dtypes[name]}, not a floating-point weight")
 
     def ready() -> Iterator[tuple[str, Tensor]]:
         for (key, source), parts in zip(needed.items(), tensors.read(s.names for s in needed.values())):
