@@ -206,6 +206,7 @@ def reached(monkeypatch):
         seen.update(options, args=args)
         raise InputError("reached")
 
+    monkeypatch.setattr("minimti.run.animate", stop)  # imported before it is replaced in its own module
     for name in ("learn", "animate"):
         monkeypatch.setattr(pipeline, name, stop)
     return seen
