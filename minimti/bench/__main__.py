@@ -111,14 +111,18 @@ def _turns_item(name: str, case: Case, device: str, repeats: int) -> Item:
     return Item(f"{name}/by_turns", BY_TURNS_S, measure)
 
 
-def cpu_items(config: SVDConfig, repeats: int, bf16: bool) -> list[Item]:
+def cpu_items(config: SVDConfig, repeats: int) -> list[Item]:
     """Small steps of both libraries by turns, those of the tiny UNet first."""
 
     def item(name: str, case: Case, form: str) -> Item:
-        expected = next(seconds for part, seconds in CPU_S.items() if name.startswith(part))
-        return Item(name, expected, lambda report: _add_ratio(report, name, by_turns(case, form, "cpu", repeats)))
+        def measure(report: Report) -> None:
+            if case.dtype == torch.bfloat16 and bf16_speedup() < EMULATED:
+                raise NotMeasurable("this processor only emulates bf16")
+            _add_ratio(report, name, by_turns(case, form, "cpu", repeats))
 
-    items = [item(name, case, form) for name, (case, form) in cpu_cases(config, bf16).items()]
+        return Item(name, next(seconds for part, seconds in CPU_S.items() if name.startswith(part)), measure)
+
+    items = [item(name, case, form) for name, (case, form) in cpu_cases(config).items()]
     return sorted(items, key=lambda item: item.expected_s)
 
 
@@ -251,19 +255,14 @@ def count_operators(config: SVDConfig, patterns: Sequence[str] | None, path: Pat
     print(operators.as_table(found["ours"], found["diffusers"]))
 
 
-def plan(
-    config: SVDConfig, only: str | None, repeats: int, bf16_speedup: Callable[[], float] = bf16_speedup
-) -> list[Item]:
+def plan(config: SVDConfig, only: str | None, repeats: int) -> list[Item]:
     """For a model's sizes: what to measure on this machine, in order."""
     costs = [] if only == "ratios" else cost_items(config)
     if only == "costs":
         return costs
     if torch.cuda.is_available():
         return gpu_items(config, repeats) + costs
-    bf16 = bf16_speedup() > EMULATED
-    if not bf16:
-        print("no times in bf16: this processor only emulates it", file=sys.stderr)
-    return costs + cpu_items(config, repeats, bf16)
+    return costs + cpu_items(config, repeats)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
