@@ -214,7 +214,7 @@ def test_a_failure_ends_the_run_with_1_after_everything_else(tmp_path, monkeypat
         raise RuntimeError("no such kernel")
 
     items = [Item("bad", 1, fail), Item("good", 1, lambda report: report.lines.append(LINE))]
-    assert run(monkeypatch, items, "--out", str(tmp_path / "b.json")) == 1
+    assert run(monkeypatch, items, "--json", str(tmp_path / "b.json")) == 1
     assert len(json.loads((tmp_path / "b.json").read_text())["lines"]) == 1
     assert "failed: RuntimeError: no such kernel" in capsys.readouterr().out
 
@@ -257,6 +257,10 @@ def test_counts_of_operators_are_printed_and_saved_in_their_own_form(tmp_path, m
         ("--kernels", "--operators"),
         ("--plot", "p.png", "--operators"),
         ("--plot", "p.png", "--only", "costs"),
+        ("--repeats", "3", "--operators"),
+        ("--repeats", "3", "--processes"),
+        ("--repeats", "3", "--only", "costs"),
+        ("--budget", "9", "--operators"),
         ("--cases", "nothing"),
         ("--operators", "--cases", "decode"),
     ],

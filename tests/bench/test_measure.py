@@ -272,13 +272,6 @@ def test_by_turns_both_libraries_are_in_memory():
     assert ratio.ours_s > 0 and ratio.diffusers_s > 0 and ratio.form == "eager"
 
 
-def test_a_library_that_is_left_out_is_not_built():
-    build = Watched()
-    ratio = by_turns(replace(build.case, compared=False), "eager", "cpu", repeats=1, build=build)
-    assert build.built == [(SVD, [])]
-    assert ratio.ours_s > 0 and ratio.diffusers_s is None and ratio.ratio is None
-
-
 def test_a_ratio_is_the_median_of_rounds():
     ratio = summarise("graph", [1.0, 2.0, 4.0], [3.0, 3.0, 3.0])
     assert (ratio.form, ratio.ours_s, ratio.diffusers_s) == ("graph", 2, 3)
