@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--plot and --repeats are for timed steps: they go with --only ratios, or without such an option"
         )
     if args.operators and args.budget is not None:
-        raise InputError("--budget: --operators counts all, in half a minute; choose by --cases instead")
+        raise InputError("--budget does not go with --operators, which takes half a minute; choose with --cases")
     if not gpu and (args.kernels or picture):
         raise InputError(f"--{'kernels' if args.kernels else 'plot'} needs a GPU, and there is none here")
     if args.operators:
