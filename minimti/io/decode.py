@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minimti.io.colour import to_rgb
 from minimti.io.deinterlace import deinterlaced
-from minimti.io.files import InputError
+from minimti.io.files import InputError, reason
 
 # Containers and raw streams that hold their own pictures. Playlists, scripts, numbered pictures, devices and text make
 # FFmpeg open or show other files, so they are not among them. Sound and single pictures are, for better messages.
@@ -148,7 +148,7 @@ class VideoFile:
             raise InputError(f"{self.path}: cannot be read as a video; these can: {formats}") from error
         except FAULTS as error:
             raise InputError(
-                f"{self.path}: cannot be read as a video ({_reason(error)}); name one, or a folder of pictures"
+                f"{self.path}: cannot be read as a video ({reason(error)}); name one, or a folder of pictures"
             ) from error
 
     def _best(self, container: InputContainer) -> VideoStream:
@@ -298,5 +298,3 @@ def _seekable(path: Path) -> BinaryIO:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
