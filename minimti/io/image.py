@@ -75,7 +75,7 @@ def decode_image(path: str | Path) -> Tensor:
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: cannot be read as an image; convert it to PNG or JPEG") from error
     except Exception as error:  # Pillow's readers of damaged files can raise anything
-        raise InputError(f"{path}: cannot be read as an image ({error or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W]
 
 

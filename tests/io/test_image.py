@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, ImageFile, features
 
 from minimti.config import MODELS
 from minimti.io import pixels
@@ -366,6 +366,12 @@ def test_what_is_no_image_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=f"{name}: cannot be read as an image"):
             read_image(tmp_path / name, TINY)
+
+
+def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: (_ for _ in ()).throw(ValueError()))
+    with pytest.raises(InputError, match=r"a.png: cannot be read as an image \(ValueError\)"):
+        read_image(saved(tmp_path / "a.png", NOISE), TINY)
 
 
 def test_heic_without_its_library_is_told_apart(tmp_path, monkeypatch):
