@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minimti.io.files import InputError
+from minimti.io.files import InputError, reason
 from minimti.io.image import decode_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
@@ -118,10 +118,15 @@ def is_webp(path: Path) -> bool:
 def find_pictures(path: Path) -> list[Path] | None:
     """The pictures of a folder, or the files of a glob, in their natural order; None for any other path.
 
-    Raises InputError for a folder without pictures and a pattern without files.
+    Of a folder only files with one of SUFFIXES are taken, and no hidden ones. Raises InputError for a folder that has
+    none or cannot be read, and for a pattern without files.
     """
     if os.path.isdir(path):  # unlike Path.is_dir it takes any name, one that is too long too
-        found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        try:
+            found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+        found = [file for file in found if not file.name.startswith(".")]
         if not found:
             raise InputError(f"{path}: is a folder without pictures ({', '.join(SUFFIXES)})")
     elif glob.has_magic(str(path)) and not os.path.exists(path):
@@ -135,4 +140,4 @@ def find_pictures(path: Path) -> list[Path] | None:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """A key under which 2 comes before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]

@@ -1,5 +1,8 @@
 """Pictures as a clip."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +61,28 @@ def test_a_name_may_look_like_a_pattern(folder):
     (folder / "[1]").mkdir()
     Image.new("RGB", (50, 50)).save(folder / "[1]" / "a.png")
     assert pictures.find_pictures(folder / "[1]") == [folder / "[1]" / "a.png"]
+
+
+def test_digits_that_are_no_decimal_number_are_letters(folder):
+    (folder / "1²2.png").touch()
+    (folder / "1²10.png").touch()
+    names = [path.name for path in pictures.find_pictures(folder / "1²*")]
+    assert names == ["1²2.png", "1²10.png"]
+
+
+def test_a_folder_in_a_folder_is_no_picture(folder):
+    (folder / "6.5.png").mkdir()
+    assert len(pictures.find_pictures(folder)) == 12
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(folder, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for read in (video.check_source, lambda path: video.read_clip(path, TINY)):
+        with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+            read(folder)
 
 
 def animation(path, durations):
