@@ -5,7 +5,7 @@ import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -70,7 +70,9 @@ class VideoFile:
         with self._opened() as (container, stream):
             base = stream.time_base or Fraction(1, av.time_base)
             self.tolerance = min(float(base) / 2, 5e-4) + SAME_TIME  # times are rounded to the file's ticks
-            length = float(stream.duration * base) if stream.duration else (container.duration or 0) / av.time_base
+            length = float((stream.duration or 0) * base)
+            if not length and len(container.streams) == 1:  # else it may be that of the sound
+                length = (container.duration or 0) / av.time_base
             self.duration = length if length > 0 else None  # seconds, of the header
             self._origin, self.rate = 0.0, 25.0
             time, first = next(self._decoded(container, stream), (0.0, None))
@@ -280,21 +282,29 @@ def _seekable(path: Path) -> BinaryIO:
         with file:
             if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                 raise InputError(f"{path}: is neither a file nor a pipe")
-            copy = tempfile.TemporaryFile()
-            try:
-                while copy.tell() < MAX_PIPE_BYTES and (chunk := file.read(2**20)):
-                    copy.write(chunk)
-                if copy.tell() >= MAX_PIPE_BYTES:
-                    raise InputError(
-                        f"{path}: has more than {MAX_PIPE_BYTES >> 30} GiB; cut it to the part that is learnt"
-                    )
-            except BaseException:
-                copy.close()
-                raise
-            return copy
+            return _copied(path, file)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
 
+def _copied(path: Path, pipe: BinaryIO) -> BinaryIO:
+    """What comes through a pipe, as a temporary file. Raises InputError where it is too much or cannot be written."""
+    try:
+        copy = tempfile.TemporaryFile()
+        try:
+            while copy.tell() < MAX_PIPE_BYTES and (chunk := pipe.read(2**20)):
+                copy.write(chunk)
+            if copy.tell() >= MAX_PIPE_BYTES:
+                raise InputError(f"{path}: has more than {MAX_PIPE_BYTES >> 30} GiB; cut it to the part that is learnt")
+            copy.flush()
+        except BaseException:
+            with suppress(OSError):  # it writes again what had no room
+                copy.close()
+            raise
+        return copy
+    except OSError as error:
+        folder = tempfile.tempdir or "a temporary folder"
+        advice = "make room there, set TMPDIR to another folder, or name a file"
+        raise InputError(f"{path}: a pipe, cannot be copied to {folder} ({reason(error)}); {advice}") from error
