@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -74,9 +75,9 @@ def result_cell(job: Job) -> Cell:
     made_from = read_record(job.record)["made from"]
     count, fps = made_from["frames"], made_from["fps"]
     pictures = find_pictures(job.path)
-    source: Any = Pictures(pictures, fps) if pictures else VideoFile(job.path)
+    opened: Any = nullcontext(Pictures(pictures, fps)) if pictures else VideoFile(job.path)
     shown: list[tuple[float, Tensor]] = []
-    with source:
+    with opened as source:
         shown += ((time, small(source.pixels(frame))) for time, frame in source.frames(0.0))
     # A GIF has frames that are alike only once, and counts in hundredths of a second.
     last = [sum(time <= (index + 0.2) / fps for time, _ in shown) - 1 for index in range(count)]
