@@ -73,10 +73,10 @@ def check_writable(path: str | Path, *inputs: str | Path) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to. It has the suffix of `path`.
 
-    If the block succeeds, the temporary file takes the place of `path`, and is on the disk before and after a power
-    cut; if it fails, `path` stays as it was. Where `path` is a link, the file that it points to is replaced. Signals
-    that stop a program wait for the end. Raises InputError as `check_writable` does, and where the block or the
-    replacement fails because of the disk, for example because it is full.
+    If the block succeeds, the temporary file is synced and then takes the place of `path`: a power cut leaves the old
+    file or the whole new one. If it fails, `path` stays as it was. Where `path` is a link, the file that it points to
+    is replaced. Signals that stop a program wait for the end. Raises InputError as `check_writable` does, and where the
+    block or the replacement fails because of the disk, for example because it is full.
     """
     with signals.held():
         check_target(path)
@@ -104,8 +104,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def _private_folder(path: str | Path) -> Path:
     """A fresh folder beside the file that is meant, links resolved.
 
-    Its name cannot be guessed and nobody else may write in it: no link can be planted there, and no process of the same
-    number, as other containers have, can choose the same name.
+    Its name cannot be guessed and nobody else may write in it: no link can be planted there, and no process with the
+    same id (as in another container) can choose the same name.
     """
     return Path(tempfile.mkdtemp(prefix=".minimti-", dir=os.path.dirname(os.path.realpath(path))))
 
@@ -133,7 +133,7 @@ def sync(path: Path) -> None:
 
 
 def _failure(folder: Path) -> OSError | None:
-    """What writing a megabyte there raises."""
+    """The OSError that writing a megabyte there raises, else None."""
     try:
         with open(folder / "1", "wb") as file:
             file.write(bytes(2**20))

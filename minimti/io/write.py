@@ -55,8 +55,8 @@ def write_strip(path: str | Path, clips: Tensor) -> None:
 def write_gif(path: str | Path, video: Tensor, fps: float) -> None:
     """uint8 [F, 3, H, W] -> a GIF that repeats for ever, each frame with the 256 colours that suit it best.
 
-    A GIF counts in hundredths of a second: the frames differ by one where `fps` needs that. Raises InputError where the
-    file cannot be written.
+    A GIF counts hundredths of a second: where `fps` does not divide them, durations differ by one hundredth. Raises
+    InputError where the file cannot be written.
     """
     first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.cpu()]  # [H, W, 3] each
     ends = [round(100 * (index + 1) / fps) for index in range(len(video))]
@@ -129,7 +129,7 @@ def write_video(path: str | Path, video: Tensor, fps: float, comment: str = "") 
 def enlarged(video: Tensor, least: int = LEAST_SIDE) -> Tensor:
     """[..., H, W] with every pixel repeated by the smallest whole number that gives the longer side `least` pixels.
 
-    Nothing is invented between pixels, and what an mp4 keeps of colour, which is one value for 2x2 pixels, is then all.
+    Nothing is interpolated. An mp4 stores one colour for 2x2 pixels, so from a factor of 2 on no colour is lost.
     """
     factor = -(-least // max(video.shape[-2:]))
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
