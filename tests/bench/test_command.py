@@ -258,7 +258,6 @@ def test_counts_of_operators_are_printed_and_saved_in_their_own_form(tmp_path, m
         ("--plot", "p.png", "--operators"),
         ("--plot", "p.png", "--only", "costs"),
         ("--repeats", "3", "--operators"),
-        ("--repeats", "3", "--processes"),
         ("--repeats", "3", "--only", "costs"),
         ("--budget", "9", "--operators"),
         ("--cases", "nothing"),
