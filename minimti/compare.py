@@ -6,6 +6,7 @@ A row for each motion: the clip, then its results. All are shown at the times of
 import base64
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -75,9 +76,9 @@ def result_cell(job: Job) -> Cell:
     made_from = read_record(job.record)["made from"]
     count, fps = made_from["frames"], made_from["fps"]
     pictures = find_pictures(job.path)
-    source: Any = Pictures(pictures, fps) if pictures else VideoFile(job.path)
+    opened: Any = nullcontext(Pictures(pictures, fps)) if pictures else VideoFile(job.path)
     shown: list[tuple[float, Tensor]] = []
-    with source:
+    with opened as source:
         shown += ((time, small(source.pixels(frame))) for time, frame in source.frames(0.0))
     # A GIF has frames that are alike only once, and counts in hundredths of a second.
     last = [sum(time <= (index + 0.2) / fps for time, _ in shown) - 1 for index in range(count)]

@@ -95,7 +95,7 @@ def test_a_clip_is_read_again_where_its_run_folder_is_gone(tmp_path):
         clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY, "m")
     with pytest.raises(InputError, match="neither .*m.run/frames nor its clip is there"):
         clip_cell(str(tmp_path / "m.pt"), embedding(), TINY, "m")
-    facts["clip"] = ", ".join(f"walk{k}.mp4" for k in range(40))  # of --together: longer than a name may be
+    facts["clip"] = ", ".join(f"walk{k}.mp4" for k in range(40))  # as --together writes it: longer than a name may be
     with pytest.raises(InputError, match="nor walk0.mp4, .* is there"):
         clip_cell(str(tmp_path / "m.pt"), embedding(settings=facts), TINY, "m")
 

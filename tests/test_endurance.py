@@ -22,7 +22,7 @@ from minimti.io.write import write_clip
 from minimti.motion import Motion
 from minimti.pipeline import animate, learn
 
-SIZE = (800, 600)  # of the damaged pictures and films: decoded, more than 1 MB that could be kept
+SIZE = (800, 600)  # damaged pictures and films: decoded, each is more than 1 MB that could be kept
 RECIPE = Recipe("adam", False, False, steps=3, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=2)
 
 

@@ -326,7 +326,7 @@ def test_a_file_larger_than_any_embedding_is_not_read(tmp_path, name, monkeypatc
     path = tmp_path / name
     make().save(path)
     with open(path, "ab") as file:
-        file.truncate(2**28)  # of holes
+        file.truncate(2**28)  # a sparse file: the added bytes take no room
     for reader in ("_read_archive", "_read_safetensors"):
         monkeypatch.setattr(module, reader, lambda _: pytest.fail("read"))
     with pytest.raises(InputError, match="not a motion-text embedding"):

@@ -94,4 +94,4 @@ def test_pixels_hardly_depend_on_the_number_of_threads_and_the_memory_mode(mini_
     first = videos[1, "balanced"].int()
     differences = {key: (video.int() - first).abs().max().item() for key, video in videos.items()}
     print(f"largest differences of a pixel, of 255: {differences}")
-    assert max(differences.values()) <= 1  # of 255: what rounding does
+    assert max(differences.values()) <= 1  # one of 255 steps: what rounding does

@@ -96,7 +96,7 @@ def test_a_signal_after_the_end_changes_neither_exit_code_nor_output(number):
         from minimti import cli, signals
         signals.install(signals.end)
         class Late:
-            def __del__(self, kill=os.kill, me=os.getpid()):  # of a module: after Python has given signals back
+            def __del__(self, kill=os.kill, me=os.getpid()):  # after Python has given signals back
                 kill(me, {int(number)})
         sys.late = Late()
         cli.run(lambda: print("done"))

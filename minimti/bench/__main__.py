@@ -9,10 +9,12 @@ import platform
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,13 +24,14 @@ from minimti import cli
 from minimti.bench import operators, processes, profiling
 from minimti.bench.cases import LIBRARIES, Case, build, cpu_cases, inputs, official_cases, start, timed_cases
 from minimti.bench.measure import Ratio, alone, by_turns, encoding_per_step, estimate, free
-from minimti.bench.report import Item, NotMeasurable, Report, now, plot, work, write_json
+from minimti.bench.report import Item, NotMeasurable, Report, plot, work, write_json
 from minimti.config import MODELS, SVDConfig
 from minimti.hardware import bf16_speedup
 from minimti.invert import make_recipe
 from minimti.io.files import InputError, check_writable
 
 EMULATED = 0.5  # a bf16_speedup below it means that the processor does not multiply in bf16 itself
+REPEATS = 5
 FITS = 0.9  # the share of a card's memory that two libraries by turns may take
 
 # Seconds that an item takes, from the runs on an H100 and on 2 CPU cores: for the order and the budget.
@@ -52,10 +55,10 @@ def parse(argv: Sequence[str] | None):
         " ('denoise/ours/*')"
     )
     add("--cases", nargs="+", metavar="NAME", help=cases)
-    budget = "stop after so long, the cheapest and most telling first; what is left out is listed"
+    budget = "seconds in all; cheapest and most telling first; what does not fit is listed"
     add("--budget", type=cli.number(0, 1e6), metavar="SECONDS", help=budget)
-    add("--repeats", type=cli.integer(1, 1000), default=5, help="runs to time (default: %(default)s)")
-    add("--json", "--out", metavar="FILE", help="also write the numbers there, after every step")
+    add("--repeats", type=cli.integer(1, 1000), metavar="N", help=f"runs to time (default: {REPEATS})")
+    add("--json", metavar="FILE", help="also write the numbers there, after every step")
     add("--plot", metavar="FILE", help="also draw time against memory there, as a PNG (on a GPU)")
     what = parser.add_mutually_exclusive_group().add_argument
     what("--only", choices=("costs", "ratios"), help="from shapes, or measured (default: both)")
@@ -111,14 +114,18 @@ def _turns_item(name: str, case: Case, device: str, repeats: int) -> Item:
     return Item(f"{name}/by_turns", BY_TURNS_S, measure)
 
 
-def cpu_items(config: SVDConfig, repeats: int, bf16: bool) -> list[Item]:
+def cpu_items(config: SVDConfig, repeats: int) -> list[Item]:
     """Small steps of both libraries by turns, those of the tiny UNet first."""
 
     def item(name: str, case: Case, form: str) -> Item:
-        expected = next(seconds for part, seconds in CPU_S.items() if name.startswith(part))
-        return Item(name, expected, lambda report: _add_ratio(report, name, by_turns(case, form, "cpu", repeats)))
+        def measure(report: Report) -> None:
+            if case.dtype == torch.bfloat16 and bf16_speedup() < EMULATED:
+                raise NotMeasurable("this processor only emulates bf16")
+            _add_ratio(report, name, by_turns(case, form, "cpu", repeats))
 
-    items = [item(name, case, form) for name, (case, form) in cpu_cases(config, bf16).items()]
+        return Item(name, next(seconds for part, seconds in CPU_S.items() if name.startswith(part)), measure)
+
+    items = [item(name, case, form) for name, (case, form) in cpu_cases(config).items()]
     return sorted(items, key=lambda item: item.expected_s)
 
 
@@ -177,8 +184,7 @@ def process_items(programs: processes.Programs) -> list[Item]:
 
 def _add_ratio(report: Report, name: str, ratio: Ratio) -> None:
     report.ratios[name] = ratio
-    if ratio.ratio is not None:
-        _note(f"{ratio.ours_s:.3f} / {ratio.diffusers_s:.3f} s, diffusers : ours {ratio.ratio:.2f}")
+    _note(f"{ratio.ours_s:.3f} / {ratio.diffusers_s:.3f} s, diffusers : ours {ratio.ratio:.2f}")
 
 
 def _note(text: str) -> None:
@@ -228,11 +234,7 @@ def versions() -> dict[str, str]:
 
 def has_diffusers() -> bool:
     """Whether diffusers, which only the extra `test` installs, is here."""
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("diffusers") is not None
 
 
 def count_operators(config: SVDConfig, patterns: Sequence[str] | None, path: Path | None) -> None:
@@ -251,19 +253,14 @@ def count_operators(config: SVDConfig, patterns: Sequence[str] | None, path: Pat
     print(operators.as_table(found["ours"], found["diffusers"]))
 
 
-def plan(
-    config: SVDConfig, only: str | None, repeats: int, bf16_speedup: Callable[[], float] = bf16_speedup
-) -> list[Item]:
+def plan(config: SVDConfig, only: str | None, repeats: int) -> list[Item]:
     """For a model's sizes: what to measure on this machine, in order."""
     costs = [] if only == "ratios" else cost_items(config)
     if only == "costs":
         return costs
     if torch.cuda.is_available():
         return gpu_items(config, repeats) + costs
-    bf16 = bf16_speedup() > EMULATED
-    if not bf16:
-        print("no times in bf16: this processor only emulates it", file=sys.stderr)
-    return costs + cpu_items(config, repeats, bf16)
+    return costs + cpu_items(config, repeats)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -271,12 +268,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises InputError where diffusers, a GPU or the programs are missing, or a file cannot be written.
     """
-    args, began = parse(argv), now()
+    args, began = parse(argv), time.monotonic()
     path = check_writable(args.json) if args.json else None
     picture = check_writable(args.plot) if args.plot else None
     config, gpu = MODELS["svd"], torch.cuda.is_available()
-    if picture and (args.operators or args.kernels or args.processes or args.only == "costs"):
-        raise InputError("--plot shows measured steps: it goes only with --only ratios, or without such an option")
+    timed = not (args.operators or args.kernels or args.processes or args.only == "costs")
+    if (picture or args.repeats) and not timed:
+        raise InputError(
+            "--plot and --repeats are for timed steps: they go with --only ratios, or without such an option"
+        )
+    if args.operators and args.budget is not None:
+        raise InputError("--budget does not go with --operators, which takes half a minute; choose with --cases")
     if not gpu and (args.kernels or picture):
         raise InputError(f"--{'kernels' if args.kernels else 'plot'} needs a GPU, and there is none here")
     if args.operators:
@@ -294,11 +296,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.kernels:
             items = kernel_items(config)
         else:
-            items = plan(config, args.only, args.repeats)
+            items = plan(config, args.only, args.repeats or REPEATS)
         items = chosen(items, args.cases)
         try:
-            left = None if args.budget is None else args.budget - (now() - began)
-            work(report, items, left, now)
+            left = None if args.budget is None else args.budget - (time.monotonic() - began)
+            work(report, items, left, time.monotonic)
         finally:
             print(report, flush=True)
             if picture:

@@ -98,16 +98,18 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         results = op(*args, **(kwargs or {}))
-        read, written = _tensors((args, kwargs)), _tensors(results)
+        written, nbytes, is_view = effects(op, (args, kwargs), results)
         self.hold(*written)
-        inputs = {id(tensor.untyped_storage()) for tensor in read}
-        is_view = all(id(tensor.untyped_storage()) in inputs for tensor in written) and not op._schema.is_mutable
         if not is_view:
-            self.traffic += sum(tensor.nbytes for tensor in read + written)
+            self.traffic += nbytes
         if op.overloadpacket in FORMULAS:
             self.flops += FORMULAS[op.overloadpacket](*args, **(kwargs or {}), out_val=results)
         return results
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def effects(op: Any, inputs: Any, results: Any) -> tuple[list[Tensor], int, bool]:
+    """The tensors that an operator returned, the bytes of these and of its inputs, and whether it only made views."""
+    read, written = ([x for x in tree_leaves(values) if isinstance(x, Tensor)] for values in (inputs, results))
+    storages = {id(tensor.untyped_storage()) for tensor in read}
+    is_view = all(id(tensor.untyped_storage()) in storages for tensor in written) and not op._schema.is_mutable
+    return written, sum(tensor.nbytes for tensor in read + written), is_view

@@ -114,11 +114,11 @@ class Ratio:
     """Both libraries by turns."""
 
     form: str  # ours; diffusers runs as it comes
-    ours_s: float | None  # median over the runs; None where a library was left out
-    diffusers_s: float | None
-    ratio: float | None  # diffusers : ours in seconds, above 1 where ours is faster; the median of the rounds' ratios
-    ratio_min: float | None
-    ratio_max: float | None
+    ours_s: float  # median over the runs
+    diffusers_s: float
+    ratio: float  # diffusers : ours in seconds, above 1 where ours is faster; the median of the rounds' ratios
+    ratio_min: float
+    ratio_max: float
 
 
 def by_turns(case: Case, form: str, device: str, repeats: int, build: Build = build) -> Ratio:
@@ -127,23 +127,23 @@ def by_turns(case: Case, form: str, device: str, repeats: int, build: Build = bu
     Other work on the machine slows both alike.
     """
     free(device)
-    tensors, steps = inputs(case, device), {}
-    for library in ("ours", "diffusers")[: 1 + case.compared]:
-        model = build(LIBRARIES[library], case, device)
-        steps[library] = start(model, case, form if library == "ours" else "eager", tensors)
-        steps[library]()
-    rounds = [{library: timed(step, device) for library, step in steps.items()} for _ in range(repeats)]
-    return summarise(form, *([seconds[library] for seconds in rounds if library in seconds] for library in LIBRARIES))
+    tensors, steps = inputs(case, device), []
+    for library in LIBRARIES.values():
+        step = start(build(library, case, device), case, form if library is SVD else "eager", tensors)
+        step()
+        steps.append(step)
+    ours, theirs = zip(*([timed(step, device) for step in steps] for _ in range(repeats)))
+    return summarise(form, ours, theirs)
 
 
 def summarise(form: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """The ratio from the seconds of either library; None where a library was not timed."""
+    """The ratio from the seconds of both libraries, round by round."""
     ratios = [b / a for a, b in zip(ours, theirs)]
     return Ratio(
         form=form,
-        ours_s=statistics.median(ours) if ours else None,
-        diffusers_s=statistics.median(theirs) if theirs else None,
-        ratio=statistics.median(ratios) if ratios else None,
-        ratio_min=min(ratios, default=None),
-        ratio_max=max(ratios, default=None),
+        ours_s=statistics.median(ours),
+        diffusers_s=statistics.median(theirs),
+        ratio=statistics.median(ratios),
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
     )

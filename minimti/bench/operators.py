@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minimti.bench.cases import LIBRARIES, Case, empty_weight, fill, inputs, official_cases, skeleton
+from minimti.bench.cost import effects
 from minimti.bench.report import table
 from minimti.config import SVDConfig
 from minimti.networks import fused
@@ -58,13 +57,11 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         results = op(*args, **(kwargs or {}))
-        read, written = _tensors((args, kwargs)), _tensors(results)
-        storages = {id(tensor.untyped_storage()) for tensor in read}
-        is_view = all(id(tensor.untyped_storage()) in storages for tensor in written) and not op._schema.is_mutable
+        written, nbytes, is_view = effects(op, (args, kwargs), results)
         if not written or is_view or op.name().startswith("aten::empty"):
             return results
         self.found.operators += 1
-        self.found.terabytes += sum(tensor.nbytes for tensor in read + written) / 1e12
+        self.found.terabytes += nbytes / 1e12
         if op is torch.ops.aten.convolution.default and args[0].ndim == 4:
             self.found.convolutions += 1
             innermost = args[0].is_contiguous(memory_format=torch.channels_last)
@@ -72,10 +69,6 @@ class _Counter(TorchDispatchMode):
             if innermost:  # as on a GPU; on a PyTorch without CUDA, fake tensors lose the layout that cuDNN keeps
                 results = results.contiguous(memory_format=torch.channels_last)
         return results
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def as_json(ours: Mapping[str, Count]) -> dict[str, dict[str, Any]]:

@@ -5,10 +5,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import minimti
 from minimti.bench.measure import free
+from minimti.bench.report import NotMeasurable
 from minimti.checkpoint.key_maps import official_source
 from minimti.checkpoint.load import sources
 from minimti.config import RECIPES, SVDConfig, to_json
@@ -61,17 +61,15 @@ def write_weights(path: Path, config: SVDConfig, device: str) -> None:
     save_file(tensors, path, {"config": to_json(config)})
 
 
-def write_inputs(folder: Path, config: SVDConfig, images: int) -> tuple[Path, list[Path]]:
+def write_inputs(clip: Path, images: Sequence[Path], config: SVDConfig) -> None:
     """A clip of noise that moves, and pictures of noise, in the model's size."""
     generator, (width, height) = torch.Generator().manual_seed(0), config.size
-    coarse = torch.rand(images, 3, height // 8, width // 8, generator=generator) * 2 - 1
+    coarse = torch.rand(len(images), 3, height // 8, width // 8, generator=generator) * 2 - 1
     pictures = F.interpolate(coarse, size=(height, width), mode="bilinear")  # [images, 3, H, W] in [-1,1]
-    clip, paths = folder / "clip.mp4", [folder / f"image{index}.png" for index in range(images)]
     frames = torch.stack([pictures[0].roll(8 * i, dims=-1) for i in range(config.num_frames)])  # [F, 3, H, W]
     write_clip(clip, to_uint8(frames), fps=7)
-    for path, picture in zip(paths, pictures):
+    for path, picture in zip(images, pictures):
         write_strip(path, picture[None, None])
-    return clip, paths
 
 
 def evict(path: Path) -> None:
@@ -101,29 +99,26 @@ def watch(command: list[str], environment: Mapping[str, str], cwd: Path = ROOT) 
     """
     shown = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}  # every step, when it is done
     began = time.monotonic()
-    with TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, cwd=cwd, env={**environment, **shown}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            assert process.stdout is not None
-            events = []
-            for text in _pieces(process.stdout.fileno()):
-                log.write(text.encode() + b"\n")
-                seconds = time.monotonic() - began
-                if bar := BAR.search(text):
-                    events.append(Event(seconds, bar[1].strip(), int(bar[2]), int(bar[3])))
-                elif words := text.split():
-                    events.append(Event(seconds, words[0]))
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        seconds = time.monotonic() - began
-        if code:
-            log.seek(0)
-            last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise RuntimeError(f"{Path(command[1]).name} ended with {code}: {last}")
+    process = subprocess.Popen(
+        command, cwd=cwd, env={**environment, **shown}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        assert process.stdout is not None
+        events, last = [], ""
+        for text in _pieces(process.stdout.fileno()):
+            seconds = time.monotonic() - began
+            last = text.strip() or last
+            if bar := BAR.search(text):
+                events.append(Event(seconds, bar[1].strip(), int(bar[2]), int(bar[3])))
+            elif words := text.split():
+                events.append(Event(seconds, words[0]))
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    seconds = time.monotonic() - began
+    if code:
+        raise RuntimeError(f"{Path(command[1]).name} ended with {code}: {last}")
     return seconds, events
 
 
@@ -153,8 +148,9 @@ class Programs:
 
     def __init__(self, folder: Path, config: SVDConfig, device: str, steps: int = 40, views: int = 8, images: int = 2):
         self.folder, self.config, self.device = folder, config, device
-        self.steps, self.views, self.images = steps, views, images
+        self.steps, self.views = steps, views
         self.weights, self.embedding = folder / "svd.safetensors", folder / "m.pt"
+        self.clip, self.images = folder / "clip.mp4", [folder / f"image{index}.png" for index in range(images)]
         caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "XDG_CACHE_HOME": "cache"}
         self.environment = {**os.environ, **{name: str(folder / path) for name, path in caches.items()}}
 
@@ -163,13 +159,14 @@ class Programs:
         began = time.monotonic()
         write_weights(self.weights, self.config, self.device)
         free(self.device)  # for the programs
-        self.clip, self.pictures = write_inputs(self.folder, self.config, self.images)
+        write_inputs(self.clip, self.images, self.config)
         return {"wall": time.monotonic() - began, "GB": self.weights.stat().st_size / 1e9}
 
     def train(self, cold: bool) -> dict[str, float]:
         """Seconds of train.py with its defaults but for few steps and views.
 
         The first step, and whole inversions by each recipe, are computed from the seconds of a step and of a view.
+        Raises NotMeasurable where `write` has not written what it reads.
         """
         options = ["--steps", str(self.steps), "--cache", str(self.views), "--out", str(self.embedding)]
         wall, events = self._run(cold, "train.py", str(self.clip), *options)
@@ -187,14 +184,20 @@ class Programs:
         return found
 
     def sample(self, cold: bool) -> dict[str, float]:
-        """Seconds of sample.py with its defaults on all pictures: until the first video, and for each further one."""
-        pictures = map(str, self.pictures)
+        """Seconds of sample.py with its defaults on all pictures: until the first video, and for each further one.
+
+        Raises NotMeasurable where `write` or `train` has not written what it reads.
+        """
+        if not self.embedding.is_file():
+            raise NotMeasurable("needs 'write', then 'train_cold' or 'train_warm', first")
         out = str(self.folder / "videos")
-        wall, events = self._run(cold, "sample.py", "--emb", str(self.embedding), *pictures, "--out", out)
+        wall, events = self._run(cold, "sample.py", "--emb", str(self.embedding), *map(str, self.images), "--out", out)
         videos = [event.seconds for event in events if event.label == "video"]
         return {"wall": wall, "first video": videos[0], "next video": (videos[-1] - videos[0]) / (len(videos) - 1)}
 
     def _run(self, cold: bool, program: str, *arguments: str) -> tuple[float, list[Event]]:
+        if not self.images[-1].is_file():  # the last file that `write` writes
+            raise NotMeasurable("needs 'write' first")
         if cold:
             evict(self.weights)
         common = ["--model", str(self.weights), "--device", self.device]

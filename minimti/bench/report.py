@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,8 +75,7 @@ class Report:
                 row.append(cell([getattr(cost, attribute, None) for cost in pair], digits))
             row.append(ratio.form if ratio else "-")
             row.append(cell([ratio.ours_s, ratio.diffusers_s], 3) if ratio else "-")
-            has_ratio = ratio is not None and ratio.ratio is not None
-            row.append("{ratio:.2f} ({ratio_min:.2f}..{ratio_max:.2f})".format(**vars(ratio)) if has_ratio else "-")
+            row.append(f"{ratio.ratio:.2f} ({ratio.ratio_min:.2f}..{ratio.ratio_max:.2f})" if ratio else "-")
             rows.append(row)
         return table(rows)
 
@@ -213,8 +211,3 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def now() -> float:
-    """Seconds of a clock that never goes back."""
-    return time.monotonic()

@@ -5,7 +5,7 @@ import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minimti.io.colour import to_rgb
 from minimti.io.deinterlace import deinterlaced
-from minimti.io.files import InputError
+from minimti.io.files import InputError, reason
 
 # Containers and raw streams that hold their own pictures. Playlists, scripts, numbered pictures, devices and text make
 # FFmpeg open or show other files, so they are not among them. Sound and single pictures are, for better messages.
@@ -33,7 +33,7 @@ DEMUXERS = (
 MAX_PIXELS = 50_000_000  # bound of a frame; 8K has 33 million. A decoder keeps several frames of four bytes a pixel.
 LIMIT = f"{MAX_PIXELS // 10**6} megapixels a frame"
 MAX_PIPE_BYTES = 4 * 2**30  # a pipe is first copied to a temporary file
-NOT_A_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
+STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
 UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw streams give no times at all
 # Titles and the like need not be UTF-8; from PyAV 19 on that is no error.
 UNDECODABLE_TEXTS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
@@ -70,7 +70,9 @@ class VideoFile:
         with self._opened() as (container, stream):
             base = stream.time_base or Fraction(1, av.time_base)
             self.tolerance = min(float(base) / 2, 5e-4) + SAME_TIME  # times are rounded to the file's ticks
-            length = float(stream.duration * base) if stream.duration else (container.duration or 0) / av.time_base
+            length = float((stream.duration or 0) * base)
+            if not length and len(container.streams) == 1:  # else it may be that of the sound
+                length = (container.duration or 0) / av.time_base
             self.duration = length if length > 0 else None  # seconds, of the header
             self._origin, self.rate = 0.0, 25.0
             time, first = next(self._decoded(container, stream), (0.0, None))
@@ -118,7 +120,7 @@ class VideoFile:
         return torch.from_numpy(upright).permute(2, 0, 1)  # [3, H, W]
 
     def notes(self) -> list[str]:
-        """What a person should be told of the last pass."""
+        """Notes on the last pass, for the user."""
         packets = "1 damaged packet was" if self.damaged == 1 else f"{self.damaged} damaged packets were"
         return [f"{packets} skipped"] * (self.damaged > 0)
 
@@ -148,19 +150,18 @@ class VideoFile:
             raise InputError(f"{self.path}: cannot be read as a video; these can: {formats}") from error
         except FAULTS as error:
             raise InputError(
-                f"{self.path}: cannot be read as a video ({_reason(error)}); name one, or a folder of pictures"
+                f"{self.path}: cannot be read as a video ({reason(error)}); name one, or a folder of pictures"
             ) from error
 
     def _best(self, container: InputContainer) -> VideoStream:
         """The stream that a player would show: no picture (a cover, an AVIF's still), marked as default, large."""
-        streams = [s for s in container.streams.video if s.codec_context and not s.disposition & NOT_A_PICTURE]
+        streams = [s for s in container.streams.video if s.codec_context and not s.disposition & STILLS]
         if not streams:
             raise InputError(f"{self.path}: has no video stream")
         best = max(
             streams, key=lambda s: (s.frames != 1, bool(s.disposition & Disposition.default), s.width * s.height)
         )
-        if best.width * best.height > MAX_PIXELS:
-            raise InputError(f"{self.path}: {best.width}x{best.height} is larger than {LIMIT}; scale it down")
+        check_frame(self.path, best.width, best.height)
         return best
 
     def _untimed(self, container: InputContainer) -> bool:
@@ -180,10 +181,10 @@ class VideoFile:
     def _decoded(
         self, container: InputContainer, stream: VideoStream, need_times: bool = False
     ) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Frames and their times, which never fall; packets that cannot be decoded are counted and left out.
+        """Frames and their times, which never fall. Packets that cannot be decoded are counted and left out.
 
-        Without times of presentation, the frames take the times of decoding in turn, which have the same distances,
-        and without those, the rate. Where these are of no use (`need_times`: after a seek), it ends.
+        Where a container has no presentation times, a frame takes the next decoding time. One without either takes the
+        last time plus one frame; with `need_times` (after a seek) it ends the iteration instead.
         """
         base = stream.time_base or Fraction(1, av.time_base)
         untimed = self._untimed(container)
@@ -218,6 +219,12 @@ class VideoFile:
                 yield previous, frame
 
 
+def check_frame(path: Path, width: int, height: int) -> None:
+    """Raises InputError where the frames of a file have more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{path}: {width}x{height} is larger than {LIMIT}; scale it down")
+
+
 def _decoder(stream: VideoStream) -> Callable[[av.Packet], Sequence[Any]]:
     """Decodes the packets of a stream. FFmpeg's own decoders of VP8 and VP9 leave out alpha; those of libvpx do not."""
     name = LIBVPX.get(stream.codec_context.name, "")
@@ -230,7 +237,7 @@ def _decoder(stream: VideoStream) -> Callable[[av.Packet], Sequence[Any]]:
 
 
 def _until_damage(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    """A file that is cut off or damaged ends there; an InvalidDataError before the first packet is raised."""
+    """A file that is cut off or damaged ends there; a fault before the first packet is raised."""
     count = 0
     while True:
         try:
@@ -280,23 +287,29 @@ def _seekable(path: Path) -> BinaryIO:
         with file:
             if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                 raise InputError(f"{path}: is neither a file nor a pipe")
-            copy = tempfile.TemporaryFile()
-            try:
-                while copy.tell() < MAX_PIPE_BYTES and (chunk := file.read(2**20)):
-                    copy.write(chunk)
-                if copy.tell() >= MAX_PIPE_BYTES:
-                    raise InputError(
-                        f"{path}: has more than {MAX_PIPE_BYTES >> 30} GiB; cut it to the part that is learnt"
-                    )
-            except BaseException:
-                copy.close()
-                raise
-            return copy
+            return _copied(path, file)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _copied(path: Path, pipe: BinaryIO) -> BinaryIO:
+    """What comes through a pipe, as a temporary file. Raises InputError where it is too much or cannot be written."""
+    try:
+        copy = tempfile.TemporaryFile()
+        try:
+            while copy.tell() < MAX_PIPE_BYTES and (chunk := pipe.read(2**20)):
+                copy.write(chunk)
+            if copy.tell() >= MAX_PIPE_BYTES:
+                raise InputError(f"{path}: has more than {MAX_PIPE_BYTES >> 30} GiB; cut it to the part that is learnt")
+            copy.flush()
+        except BaseException:
+            with suppress(OSError):  # it writes again what had no room
+                copy.close()
+            raise
+        return copy
+    except OSError as error:
+        folder = tempfile.tempdir or "a temporary folder"
+        advice = "make room there, set TMPDIR to another folder, or name a file"
+        raise InputError(f"{path}: a pipe, cannot be copied to {folder} ({reason(error)}); {advice}") from error

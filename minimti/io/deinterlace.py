@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import av
 
-TICK = Fraction(1, 1000)  # unit of the filter's times, which it must be given, but which nothing here reads
+TICK = Fraction(1, 1000)  # unit of the times that the filter demands; nothing reads them
 
 
 def deinterlaced(timed: Iterator[tuple[float, av.VideoFrame]]) -> Iterator[tuple[float, av.VideoFrame]]:

@@ -6,7 +6,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from minimti import signals
@@ -31,7 +31,7 @@ def require_file(path: str | Path) -> Path:
     except IsADirectoryError as error:
         raise InputError(f"{path}: is a folder, not a file") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({_reason(error)})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def check_target(path: str | Path, *inputs: str | Path) -> Path:
@@ -73,10 +73,10 @@ def check_writable(path: str | Path, *inputs: str | Path) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to. It has the suffix of `path`.
 
-    If the block succeeds, the temporary file takes the place of `path`, and is on the disk before and after a power
-    cut; if it fails, `path` stays as it was. Where `path` is a link, the file that it points to is replaced. Signals
-    that stop a program wait for the end. Raises InputError as `check_writable` does, and where the block or the
-    replacement fails because of the disk, for example because it is full.
+    If the block succeeds, the temporary file is synced and then takes the place of `path`: a power cut leaves the old
+    file or the whole new one. If it fails, `path` stays as it was. Where `path` is a link, the file that it points to
+    is replaced. Signals that stop a program wait for the end. Raises InputError as `check_writable` does, and where the
+    block or the replacement fails because of the disk, for example because it is full.
     """
     with signals.held():
         check_target(path)
@@ -88,10 +88,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             part = folder / f"m{Path(path).suffix}"
             yield part
             _permit(part)
-            _sync(part)
+            sync(part)
             os.replace(part, target)
-            with suppress(OSError):  # Windows does not open folders, and some network disks do not sync them
-                _sync(target.parent)
+            sync(target.parent)
         except Exception as error:
             # Libraries have their own exceptions for a full disk; torch.save raises a RuntimeError.
             if cause := error if isinstance(error, OSError) and error.errno else folder and _failure(folder):
@@ -105,8 +104,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def _private_folder(path: str | Path) -> Path:
     """A fresh folder beside the file that is meant, links resolved.
 
-    Its name cannot be guessed and nobody else may write in it: no link can be planted there, and no process of the same
-    number, as other containers have, can choose the same name.
+    Its name cannot be guessed and nobody else may write in it: no link can be planted there, and no process with the
+    same id (as in another container) can choose the same name.
     """
     return Path(tempfile.mkdtemp(prefix=".minimti-", dir=os.path.dirname(os.path.realpath(path))))
 
@@ -119,17 +118,22 @@ def _permit(part: Path) -> None:
         part.chmod(fresh.stat().st_mode)
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what may be written
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk, or the names in a folder are where the system can sync them."""
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs what may be written
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not is_folder:  # Windows does not open folders, and some network disks do not sync them
+            raise
 
 
 def _failure(folder: Path) -> OSError | None:
-    """What writing a megabyte there raises."""
+    """The OSError that writing a megabyte there raises, else None."""
     try:
         with open(folder / "1", "wb") as file:
             file.write(bytes(2**20))
@@ -143,10 +147,11 @@ def _failure(folder: Path) -> OSError | None:
 def _unwritable(path: str | Path, error: Exception) -> InputError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "; make room there, or name a file on another disk" if full else ""
-    return InputError(f"{path}: cannot be written ({_reason(error)}){advice}")
+    return InputError(f"{path}: cannot be written ({reason(error)}){advice}")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What the system says of an error, without its number and the name of the file."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -163,21 +168,21 @@ def make_folder(path: str | Path) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be made a folder ({_reason(error)})") from error
+        raise InputError(f"{path}: cannot be made a folder ({reason(error)})") from error
 
 
 def check_folder(path: str | Path) -> None:
     """Raises InputError where a folder is not there and cannot be made. Makes none."""
-    parent, reason = Path(path).absolute(), None
+    parent, problem = Path(path).absolute(), None
     try:
         while not parent.exists():
-            reason = "File name too long" if len(os.fsencode(parent.name)) > MAX_NAME else reason
+            problem = "File name too long" if len(os.fsencode(parent.name)) > MAX_NAME else problem
             parent = parent.parent
         if not parent.is_dir():
-            reason = "Not a directory"
+            problem = "Not a directory"
         elif not os.access(parent, os.W_OK | os.X_OK):
-            reason = "Permission denied"
+            problem = "Permission denied"
     except (OSError, ValueError) as error:
-        reason = _reason(error)
-    if reason:
-        raise InputError(f"{path}: cannot be made a folder ({reason})")
+        problem = reason(error)
+    if problem:
+        raise InputError(f"{path}: cannot be made a folder ({problem})")

@@ -21,7 +21,7 @@ class Source(Protocol):
     size: tuple[int, int]  # width, height of the upright pictures
     pixel_aspect: float  # width of a pixel over its height
     rate: float  # pictures per second, as far as it is given
-    tolerance: float  # seconds: how much earlier a picture may be due than its rounded time says
+    tolerance: float  # seconds by which a rounded time may be too late
     duration: float | None  # seconds, where it is given
 
     def frames(self, start: float) -> Generator[tuple[float, Any], None, None]:
@@ -31,7 +31,7 @@ class Source(Protocol):
         """One of them as uint8 [3, H, W]."""
 
     def notes(self) -> list[str]:
-        """What a person should be told of the last pass."""
+        """Notes on the last pass, for the user."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ AVIF_BRANDS = (b"avif", b"avis")
 
 MAX_SIDE = 65_535  # pixels
 MAX_PIXELS = 200e6
-# Decoders that hold the whole picture several times take a gigabyte for as many pixels.
+# Decoders that hold several copies of a picture: so many pixels take about 1 GB.
 MAX_PIXELS_OF = {"AVIF": 100e6, "HEIF": 100e6, "WEBP": 60e6, "JPEG2000": 50e6}
 KEPT_PIXELS = 2**25  # an 8K picture; one of more pixels than this is reduced while it is read
 BAND = 64  # rows that are converted at a time
@@ -62,7 +62,7 @@ def decode_image(path: str | Path) -> Tensor:
 
     A picture of more than 33 megapixels is reduced by a whole number until it has no more. Raises InputError where the
     file is missing, is not an image of FORMATS or HEIC, is damaged, has more than 200 megapixels (fewer for formats
-    whose decoders need much memory), or has numbers whose range the file does not give.
+    whose decoders need much memory) or 65,535 pixels to a side, or has numbers whose range the file does not give.
     """
     path = require_file(path)
     try:
@@ -75,7 +75,7 @@ def decode_image(path: str | Path) -> Tensor:
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: cannot be read as an image; convert it to PNG or JPEG") from error
     except Exception as error:  # Pillow's readers of damaged files can raise anything
-        raise InputError(f"{path}: cannot be read as an image ({error or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W]
 
 
@@ -188,9 +188,9 @@ _one_at_a_time = threading.Lock()
 
 @contextmanager
 def _shielded() -> Iterator[None]:
-    """Pillow's limit raised to MAX_PIXELS; no warnings, nor what libtiff writes to the process's stderr.
+    """Raises Pillow's limit to MAX_PIXELS, silences warnings and libtiff's lines on stderr.
 
-    All three belong to the whole process.
+    All three are global to the process, hence the lock.
     """
     with _one_at_a_time, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about large images and odd metadata

@@ -11,30 +11,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minimti.io.files import InputError
+from minimti.io.decode import SAME_TIME, check_frame
+from minimti.io.files import InputError, reason
 from minimti.io.image import decode_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-MAX_PIXELS = 50_000_000  # bound of an animated WebP's picture, as of a video's
 
 
 class Pictures:
     """Files in their natural order (2 before 10), shown at `rate` per second."""
 
     pixel_aspect = 1.0
-    tolerance = 1e-6
+    tolerance = SAME_TIME
 
     def __init__(self, paths: list[Path], rate: float):
         self.paths, self.rate = paths, rate
         self.duration = len(paths) / rate
         first = decode_image(paths[0])
         self.size = (first.shape[-1], first.shape[-2])
-
-    def __enter__(self) -> "Pictures":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def frames(self, start: float) -> Generator[tuple[float, Path], None, None]:
         """All pictures with the times at which they are shown, in seconds."""
@@ -56,7 +50,7 @@ class AnimatedWebP:
     """The frames of an animated WebP, read by Pillow. Raises InputError where it is damaged or too large."""
 
     pixel_aspect = 1.0
-    tolerance = 1e-6
+    tolerance = SAME_TIME
 
     def __init__(self, path: Path):
         self.path = path
@@ -64,20 +58,12 @@ class AnimatedWebP:
             header = file.read(30)
         if header[12:16] == b"VP8X":  # Pillow makes room for the whole picture as soon as it opens the file
             width, height = (1 + int.from_bytes(header[at : at + 3], "little") for at in (24, 27))
-            if width * height > MAX_PIXELS:
-                limit = f"{MAX_PIXELS // 10**6} megapixels"
-                raise InputError(f"{path}: {width}x{height} is more than {limit} a frame; scale it down")
+            check_frame(path, width, height)
         first = next(self.frames(0), None)
         assert first is not None
         self.size = first[1].size
         self.duration: float | None = None
         self.rate = 10.0  # where a file gives no durations
-
-    def __enter__(self) -> "AnimatedWebP":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def frames(self, start: float) -> Generator[tuple[float, Image.Image], None, None]:
         """All frames with the times at which they are shown, in seconds."""
@@ -118,10 +104,15 @@ def is_webp(path: Path) -> bool:
 def find_pictures(path: Path) -> list[Path] | None:
     """The pictures of a folder, or the files of a glob, in their natural order; None for any other path.
 
-    Raises InputError for a folder without pictures and a pattern without files.
+    Of a folder only files with one of SUFFIXES are taken, and no hidden ones. Raises InputError for a folder that has
+    none or cannot be read, and for a pattern without files.
     """
     if os.path.isdir(path):  # unlike Path.is_dir it takes any name, one that is too long too
-        found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        try:
+            found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+        found = [file for file in found if not file.name.startswith(".")]
         if not found:
             raise InputError(f"{path}: is a folder without pictures ({', '.join(SUFFIXES)})")
     elif glob.has_magic(str(path)) and not os.path.exists(path):
@@ -135,4 +126,4 @@ def find_pictures(path: Path) -> list[Path] | None:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """A key under which 2 comes before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]

@@ -94,7 +94,7 @@ def fit(frames: Tensor, size: tuple[int, int], placement: Placement | None = Non
     """uint8 [F, 3, H, W] -> fp32 [F, 3, height, width] in [-1,1], for size = (width, height) in pixels.
 
     Takes the part that `placement` names (default: a central crop) and resizes it (bicubic, antialiased); padding is
-    black. One channel of one frame at a time, so that a large picture takes four bytes a pixel besides its own.
+    black. One channel of one frame at a time: a large picture needs only four more bytes a pixel.
     """
     width, height = size
     placement = placement or place((frames.shape[-1], frames.shape[-2]), size)

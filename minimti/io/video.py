@@ -4,6 +4,7 @@ import math
 import os
 import re
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,8 @@ def _open(path: Path, rate: float) -> Any:
     """The source that a path names, as a context; pictures follow each other at `rate`."""
     pictures = find_pictures(path)
     if pictures is not None:
-        return Pictures(pictures, rate)
-    return AnimatedWebP(path) if is_webp(path) else VideoFile(path)
+        return nullcontext(Pictures(pictures, rate))
+    return nullcontext(AnimatedWebP(path)) if is_webp(path) else VideoFile(path)
 
 
 def _moves(frames: Tensor) -> bool:

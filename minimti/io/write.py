@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from minimti import signals
-from minimti.io.files import InputError, atomic_write
+from minimti.io.files import InputError, atomic_write, reason, sync
 from minimti.io.pixels import strip
 
 LEAST_SIDE = 256  # pixels of the longer side; players show smaller videos as stamps, or blur them
@@ -55,8 +55,8 @@ def write_strip(path: str | Path, clips: Tensor) -> None:
 def write_gif(path: str | Path, video: Tensor, fps: float) -> None:
     """uint8 [F, 3, H, W] -> a GIF that repeats for ever, each frame with the 256 colours that suit it best.
 
-    A GIF counts in hundredths of a second: the frames differ by one where `fps` needs that. Raises InputError where the
-    file cannot be written.
+    A GIF counts hundredths of a second: where `fps` does not divide them, durations differ by one hundredth. Raises
+    InputError where the file cannot be written.
     """
     first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.cpu()]  # [H, W, 3] each
     ends = [round(100 * (index + 1) / fps) for index in range(len(video))]
@@ -68,23 +68,30 @@ def write_gif(path: str | Path, video: Tensor, fps: float) -> None:
 def write_frames(folder: str | Path, video: Tensor) -> None:
     """uint8 [F, 3, H, W] -> a folder of lossless pictures, 00000.png and so on, which appears as a whole.
 
-    It takes the place of an earlier folder of frames. Raises InputError where `folder` is anything else, or cannot be
-    written.
+    It takes the place of an earlier folder of frames, which stays where that fails. Raises InputError where `folder` is
+    anything else, or cannot be written.
     """
     folder = Path(folder)
     check_frames(folder)
     with signals.held():
-        private = None
+        private = old = None
         try:
             private = Path(tempfile.mkdtemp(prefix=".minimti-", dir=folder.parent))
             (part := private / "new").mkdir()  # with the permissions of any new folder
             for index, frame in enumerate(video.cpu()):
-                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(part / f"{index:05}.png")  # [H, W, 3]
+                picture = part / f"{index:05}.png"
+                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(picture)  # [H, W, 3]
+                sync(picture)
+            sync(part)
             if folder.exists():
                 os.rename(folder, private / "old")
+                old = private / "old"
             os.rename(part, folder)
+            sync(folder.parent)
         except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+            if old:
+                os.rename(old, folder)
+            raise InputError(f"{folder}: cannot be written ({reason(error)})") from error
         finally:
             if private:
                 shutil.rmtree(private, ignore_errors=True)
@@ -95,9 +102,13 @@ def check_frames(folder: str | Path, *inputs: str | Path) -> None:
     folder = Path(folder)
     if any(Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder)) for other in inputs if str(other)):
         raise InputError(f"{folder}: holds an input; name another --out")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder}: is there, and is no folder of frames; name another --out")
-    if folder.is_dir() and not all(re.fullmatch(r"[0-9]{5}\.png", name) for name in os.listdir(folder)):
+    try:
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise InputError(f"{folder}: is there, and is no folder of frames; name another --out")
+        names = os.listdir(folder) if folder.is_dir() else []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({reason(error)}); name another --out") from error
+    if not all(re.fullmatch(r"[0-9]{5}\.png", name) for name in names):
         raise InputError(f"{folder}: holds other files than frames; name another --out")
 
 
@@ -118,7 +129,7 @@ def write_video(path: str | Path, video: Tensor, fps: float, comment: str = "") 
 def enlarged(video: Tensor, least: int = LEAST_SIDE) -> Tensor:
     """[..., H, W] with every pixel repeated by the smallest whole number that gives the longer side `least` pixels.
 
-    Nothing is invented between pixels, and what an mp4 keeps of colour, which is one value for 2x2 pixels, is then all.
+    Nothing is interpolated. An mp4 stores one colour for 2x2 pixels, so from a factor of 2 on no colour is lost.
     """
     factor = -(-least // max(video.shape[-2:]))
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

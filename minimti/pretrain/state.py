@@ -100,7 +100,7 @@ class Run:
 
     config: SVDConfig
     settings: PretrainSettings
-    folder: Path  # of its checkpoint, its encoded clips and its pictures
+    folder: Path  # holds its checkpoint, its encoded clips and its pictures
     out: Path  # where the model goes
     seed: int
     scale: float  # multiplies the steps of all stages

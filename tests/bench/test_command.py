@@ -44,21 +44,24 @@ def names(items) -> list[str]:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_gpu_is_timed_on_the_official_steps_and_a_cpu_on_small_ones(gpu, only, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    found = names(plan(TOY, only, repeats=1, bf16_speedup=lambda: 0.1))
+    found = names(plan(TOY, only, repeats=1))
     costs = [name for name in found if name.endswith("/costs")]
     assert costs == ([] if only == "ratios" else [f"{name}/costs" for name in official_cases(TOY)])
     timed = [name for name in found if name not in costs]
-    expected = [] if only == "costs" else gpu_items(TOY, 1) if gpu else cpu_items(TOY, 1, bf16=False)
+    expected = [] if only == "costs" else gpu_items(TOY, 1) if gpu else cpu_items(TOY, 1)
     assert timed == names(expected)
     assert only is not None or found == (timed + costs if gpu else costs + timed)
 
 
 @pytest.mark.parametrize("speedup", [0.1, 0.9])
-def test_bf16_is_timed_only_where_the_processor_has_it(speedup, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    timed = names(plan(TOY, "ratios", repeats=1, bf16_speedup=lambda: speedup))
-    assert ("train_bf16" in timed) == (speedup == 0.9)
-    assert ("only emulates" in capsys.readouterr().err) == (speedup == 0.1)
+def test_bf16_is_timed_only_where_the_processor_has_it(speedup, monkeypatch):
+    monkeypatch.setattr(command, "bf16_speedup", lambda: speedup)
+    monkeypatch.setattr(command, "by_turns", lambda case, form, device, repeats: summarise(form, [1.0], [2.0]))
+    found, items = report(), cpu_items(TOY, repeats=1)
+    work(found, items, None, lambda: 0.0)
+    left_out = {name for name in names(items) if "bf16" in name and speedup == 0.1}
+    assert found.skipped == dict.fromkeys(left_out, "this processor only emulates bf16")
+    assert found.ratios.keys() == set(names(items)) - left_out
 
 
 def test_a_gpu_measures_every_form_of_every_step_and_compiles_last():
@@ -75,7 +78,7 @@ def test_a_gpu_measures_every_form_of_every_step_and_compiles_last():
 
 
 def test_a_cpu_begins_with_what_takes_least():
-    seconds = [item.expected_s for item in cpu_items(TOY, repeats=1, bf16=True)]
+    seconds = [item.expected_s for item in cpu_items(TOY, repeats=1)]
     assert seconds == sorted(seconds) and len(seconds) == 8
 
 
@@ -211,7 +214,7 @@ def test_a_failure_ends_the_run_with_1_after_everything_else(tmp_path, monkeypat
         raise RuntimeError("no such kernel")
 
     items = [Item("bad", 1, fail), Item("good", 1, lambda report: report.lines.append(LINE))]
-    assert run(monkeypatch, items, "--out", str(tmp_path / "b.json")) == 1
+    assert run(monkeypatch, items, "--json", str(tmp_path / "b.json")) == 1
     assert len(json.loads((tmp_path / "b.json").read_text())["lines"]) == 1
     assert "failed: RuntimeError: no such kernel" in capsys.readouterr().out
 
@@ -254,13 +257,16 @@ def test_counts_of_operators_are_printed_and_saved_in_their_own_form(tmp_path, m
         ("--kernels", "--operators"),
         ("--plot", "p.png", "--operators"),
         ("--plot", "p.png", "--only", "costs"),
+        ("--repeats", "3", "--operators"),
+        ("--repeats", "3", "--only", "costs"),
+        ("--budget", "9", "--operators"),
         ("--cases", "nothing"),
         ("--operators", "--cases", "decode"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "bf16_speedup", lambda: 0.9)
+    monkeypatch.setattr(command, "bf16_speedup", lambda: 0.1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert exit_code(*arguments) == 2
     printed = capsys.readouterr()

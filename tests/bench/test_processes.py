@@ -12,6 +12,7 @@ from safetensors import safe_open
 from minimti import load
 from minimti.bench import processes
 from minimti.bench.processes import Event, Programs, find_programs, watch, write_inputs, write_weights
+from minimti.bench.report import NotMeasurable
 from minimti.io.files import InputError
 
 TINY = replace(MINI, num_frames=2, num_steps=2)
@@ -82,7 +83,8 @@ def test_the_weight_file_is_half_precision_and_loads(tmp_path):
 def test_inputs_have_the_size_of_the_model(tmp_path):
     from minimti import read_clip, read_image
 
-    clip, pictures = write_inputs(tmp_path, TINY, images=2)
+    clip, pictures = tmp_path / "clip.mp4", [tmp_path / "0.png", tmp_path / "1.png"]
+    write_inputs(clip, pictures, TINY)
     frames = read_clip(clip, TINY).frames
     assert frames.shape == (2, 3, 32, 48) and (frames[0] - frames[1]).abs().mean() > 0.05
     images = [read_image(path, TINY) for path in pictures]
@@ -106,7 +108,6 @@ def test_both_programs_run_and_what_is_computed_follows_from_what_was_measured(t
 def test_steps_that_appear_together_are_told_by_the_last_of_them(tmp_path, monkeypatch):
     """On a GPU losses are fetched every ten steps: steps 1 to 10 appear when 10 are done."""
     programs = Programs(tmp_path, TINY, "cuda", steps=20, views=3)
-    programs.clip = tmp_path / "clip.mp4"
     done = [Event(1.0 * (step // 10 + 1) + 4, "inversion", 10 * (step // 10) + step % 10 + 1, 20) for step in range(20)]
     views = [Event(2.0, "encoding", 0, 3)] + [Event(1.5 + 0.5 * view, "encoding", view, 3) for view in (1, 2, 3)]
     events = [Event(1.25, "model"), *views, Event(4.0, "inversion", 0, 20), *done]
@@ -114,6 +115,14 @@ def test_steps_that_appear_together_are_told_by_the_last_of_them(tmp_path, monke
     found = programs.train(cold=False)
     assert (found["step"], found["view"], found["loaded"]) == (0.1, 0.5, 1.25)
     assert found["first step with one view (computed)"] == pytest.approx(5 - 9 * 0.1 - 2 * 0.5)
+
+
+def test_what_was_not_written_is_named(tmp_path):
+    programs = Programs(tmp_path, TINY, "cpu")
+    with pytest.raises(NotMeasurable, match="needs 'write' first"):
+        programs.train(cold=False)
+    with pytest.raises(NotMeasurable, match="needs 'write', then 'train_cold' or 'train_warm', first"):
+        programs.sample(cold=False)
 
 
 def test_an_installed_package_has_no_programs(tmp_path, monkeypatch):

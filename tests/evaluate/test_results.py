@@ -34,7 +34,7 @@ def test_the_interval_is_that_of_a_mean_over_motions():
     half = 1.96 * motions.std() / 20
     assert low == pytest.approx(motions.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(motions.mean() + half, abs=0.1 * half)
-    low, high = bootstrap([[0.0], [1.0, 1.0, 1.0]])  # of 0, 3/4 and 1, the mean of all clips
+    low, high = bootstrap([[0.0], [1.0, 1.0, 1.0]])  # a draw has the mean 0, 3/4 or 1, over its clips
     assert (low, high) == (0, 1) and bootstrap([[1.0]]) is None
 
 

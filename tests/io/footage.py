@@ -38,19 +38,27 @@ def counted(frames: torch.Tensor) -> list[int]:
 
 
 def encode(path: Path, frames: torch.Tensor, rate: int = 10, codec: str = "libx264", pix_fmt: str = "yuv420p", **more):
-    """uint8 [F, 3, H, W] as any kind of file. more: options of the encoder; times, whole numbers of 1 / rate; title."""
-    times, title = more.pop("times", range(len(frames))), more.pop("title", "")
+    """uint8 [F, 3, H, W] as any kind of file.
+
+    more: options of the encoder; times, whole numbers of 1 / rate; title; sound, in seconds.
+    """
+    times, title, sound = more.pop("times", range(len(frames))), more.pop("title", ""), more.pop("sound", 0)
     with av.open(str(path), "w") as container:
         container.metadata["title"] = title
         stream = container.add_stream(codec, rate=rate, options=more)
         if codec != "libx264":
             stream.bit_rate = 8_000_000
         stream.height, stream.width, stream.pix_fmt = *frames.shape[2:], pix_fmt
+        silence = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
         for time, pixels in zip(times, frames.permute(0, 2, 3, 1).numpy()):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if silence:
+            audio = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * sound), np.int16), format="s16", layout="mono")
+            audio.sample_rate = 8000
+            container.mux(silence.encode(audio))
 
 
 def pictures(path: Path) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_interlaced_frames_are_deinterlaced_one_for_each(start):
     for frame in clip.frames:
         edges = (frame[:, 20:236, 1:] - frame[:, 20:236, :-1]).abs().amax(dim=0) > 0.5  # [rows, W - 1]
         assert edges.any()
-        assert (edges[::2] != edges[1::2]).sum() < 0.1 * edges.sum()  # of bars that move: combed, all rows differ
+        assert (edges[::2] != edges[1::2]).sum() < 0.1 * edges.sum()  # combed, all rows of moving bars differ
 
 
 def test_an_animated_webp_is_a_clip():

@@ -6,7 +6,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
+from disks import files_of_at_most
 from footage import encode, gradients, pictures, shown
 from PIL import Image, features
 
@@ -148,6 +151,23 @@ def test_a_pipe_is_opened_once(tmp_path):
     clip = video.read_clip(tmp_path / "pipe", TINY)
     thread.join(timeout=10)
     assert shown(clip.frames, 14) == list(range(14)) and opened == [1] and not thread.is_alive()
+
+
+@pytest.mark.parametrize("size", [5_000, 3_000_000])  # the first is in a buffer until the end
+def test_a_pipe_for_whose_copy_there_is_no_room_is_told_apart(size):
+    read, write = os.pipe()
+    thread = threading.Thread(target=feed, args=(write, bytes(size)))
+    thread.start()
+    with files_of_at_most(1000), pytest.raises(InputError) as info:
+        video.read_clip(f"/dev/fd/{read}", TINY)
+    os.close(read)
+    thread.join()
+    assert f"cannot be copied to {tempfile.gettempdir()} (File too large); make room there" in str(info.value)
+
+
+def feed(descriptor: int, content: bytes) -> None:
+    with suppress(BrokenPipeError), open(descriptor, "wb") as pipe:
+        pipe.write(content)
 
 
 def test_a_device_is_no_clip():
@@ -304,6 +324,16 @@ def test_a_film_that_is_cut_off_is_read_to_there_with_a_note(tmp_path):
     clip = video.read_clip(tmp_path / "a.mp4", TINY, num_frames=40)
     assert shown(clip.frames[:1], 40) == [0] and 0.5 < clip.times[-1] < 3
     assert "spread over its whole length" in clip.notes[0] and "of 4.00: cut off, or damaged" in clip.notes[1]
+
+
+def test_sound_may_be_longer_than_the_pictures(tmp_path):
+    """Matroska gives one length for all: this is no damage, and not the length of the film."""
+    for name, seconds in (("a.mkv", 10), ("b.mkv", 0)):
+        encode(tmp_path / name, gradients(20), 10, sound=seconds)
+        clip = video.read_clip(tmp_path / name, TINY, num_frames=20)
+        assert len(clip.notes) == 1 and "spread over its whole length" in clip.notes[0]
+        with VideoFile(tmp_path / name) as source:
+            assert source.duration == (None if seconds else pytest.approx(2))
 
 
 MEASURE = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, ImageFile, features
 
 from minimti.config import MODELS
 from minimti.io import pixels
@@ -61,9 +61,9 @@ def test_colours_of_an_embedded_profile_are_those_of_srgb(name):
     [
         ("grey16.png", (40, 30), (5, 5), [156, 156, 156]),  # 40000 of 65535
         ("exif_bad_rational_turned.jpg", (30, 40), (5, 5), [201, 60, 40]),
-        ("alpha_clean.apng", (64, 64), (32, 20), [200, 30, 30]),
-        ("alpha_clean.apng", (64, 64), (32, 60), [255, 255, 255]),
-        ("animated.webp", (64, 64), (32, 32), [1, 200, 40]),
+        ("../alpha_clean.apng", (64, 64), (32, 20), [200, 30, 30]),
+        ("../alpha_clean.apng", (64, 64), (32, 60), [255, 255, 255]),
+        ("../animated.webp", (64, 64), (32, 32), [1, 200, 40]),
     ],
 )
 def test_an_odd_image_is_read_right(name, size, at, colour):
@@ -94,7 +94,7 @@ def test_a_hostile_image_is_refused_at_once(name, message, peak):
     assert peak() < 100e6
 
 
-@pytest.mark.parametrize("name, size", [("bomb_g4.tiff", (4434, 4434)), ("bomb_gif13k.gif", (21845, 900))])
+@pytest.mark.parametrize("name, size", [("bomb_g4.tiff", (4434, 4434)), ("../bomb_gif13k.gif", (21845, 900))])
 def test_a_large_image_is_read_within_bounds(name, size, peak):
     picture = decode_image(CASES / name)
     assert picture.shape == (1, 3, size[1], size[0]) and peak() < 1e9
@@ -294,7 +294,7 @@ def test_a_profile_goes_with_transparency_and_palettes(tmp_path):
     plain = Image.new("RGB", (4, 4), (40, 200, 60))
     plain.save(tmp_path / "c.png", icc_profile=profile)
     expected = decoded(tmp_path / "c.png")
-    assert abs(expected[0, 0].astype(int) - [200, 60, 40]).max() <= 1 or (expected[0, 0] != (40, 200, 60)).any()
+    assert abs(expected[0, 0].astype(int) - [200, 60, 40]).max() <= 1
     shown = decoded(tmp_path / "a.png")
     assert (shown[0, 0] == 255).all() and (shown[1:] == expected[1:]).all()
     assert (decoded(tmp_path / "b.png") == expected).all()
@@ -330,13 +330,13 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
 
 def test_a_large_image_is_reduced_as_it_is_read(tmp_path):
     """The same picture at the size of a network, whether it is reduced before or not; a JPEG by its decoder."""
-    x = np.add.outer(np.arange(60), np.arange(90)) % 2 * 128 + np.arange(90)  # squares on a ramp
-    small = np.kron(x.astype(np.uint8), np.ones((100, 100), np.uint8))  # 9000 x 6000
-    expected = pixels.fit(torch.from_numpy(small).expand(1, 3, -1, -1), (192, 128))
+    x = np.add.outer(np.arange(60), np.arange(60)) % 2 * 128 + np.arange(60)  # squares on a ramp
+    large = np.kron(x.astype(np.uint8), np.ones((100, 100), np.uint8))  # 6000 x 6000
+    expected = pixels.fit(torch.from_numpy(large).expand(1, 3, -1, -1), (128, 128))
     for name, options in (("a.jpg", {"quality": 95}), ("a.png", {"compress_level": 1})):
-        picture = decode_image(saved(tmp_path / name, small, **options))
-        assert picture.shape == (1, 3, 3000, 4500)
-        assert (pixels.fit(picture, (192, 128)) - expected).abs().max() < 0.03
+        picture = decode_image(saved(tmp_path / name, large, **options))
+        assert picture.shape == (1, 3, 3000, 3000)
+        assert (pixels.fit(picture, (128, 128)) - expected).abs().max() < 0.03
 
 
 @pytest.mark.parametrize(
@@ -366,6 +366,12 @@ def test_what_is_no_image_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=f"{name}: cannot be read as an image"):
             read_image(tmp_path / name, TINY)
+
+
+def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: (_ for _ in ()).throw(ValueError()))
+    with pytest.raises(InputError, match=r"a.png: cannot be read as an image \(ValueError\)"):
+        read_image(saved(tmp_path / "a.png", NOISE), TINY)
 
 
 def test_heic_without_its_library_is_told_apart(tmp_path, monkeypatch):

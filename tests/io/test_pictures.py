@@ -1,5 +1,8 @@
 """Pictures as a clip."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +63,28 @@ def test_a_name_may_look_like_a_pattern(folder):
     assert pictures.find_pictures(folder / "[1]") == [folder / "[1]" / "a.png"]
 
 
+def test_digits_that_are_no_decimal_number_are_letters(folder):
+    (folder / "1²2.png").touch()
+    (folder / "1²10.png").touch()
+    names = [path.name for path in pictures.find_pictures(folder / "1²*")]
+    assert names == ["1²2.png", "1²10.png"]
+
+
+def test_a_folder_in_a_folder_is_no_picture(folder):
+    (folder / "6.5.png").mkdir()
+    assert len(pictures.find_pictures(folder)) == 12
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(folder, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for read in (video.check_source, lambda path: video.read_clip(path, TINY)):
+        with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+            read(folder)
+
+
 def animation(path, durations):
     frames = [Image.fromarray(picture) for picture in gradients(len(durations)).permute(0, 2, 3, 1).numpy()]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, lossless=True)
@@ -67,8 +92,8 @@ def animation(path, durations):
 
 def test_the_times_of_an_animated_webp_are_its_own(tmp_path):
     animation(tmp_path / "a.webp", [100, 300, 100, 500])
-    with pictures.AnimatedWebP(tmp_path / "a.webp") as source:
-        assert [time for time, _ in source.frames(0)] == pytest.approx([0, 0.1, 0.4, 0.5])
+    source = pictures.AnimatedWebP(tmp_path / "a.webp")
+    assert [time for time, _ in source.frames(0)] == pytest.approx([0, 0.1, 0.4, 0.5])
     clip = video.read_clip(tmp_path / "a.webp", TINY, num_frames=5, end=0.5)
     assert shown(clip.frames, 4) == [0, 1, 1, 1, 3] and clip.source_size == (96, 64)
 
@@ -81,7 +106,7 @@ def test_a_damaged_webp_is_refused(tmp_path):
         video.read_clip(tmp_path / "cut.webp", TINY)
     large = content[:24] + (16382).to_bytes(3, "little") * 2 + content[30:]
     (tmp_path / "large.webp").write_bytes(large)
-    with pytest.raises(InputError, match="16383x16383 is more than 50 megapixels a frame"):
+    with pytest.raises(InputError, match="16383x16383 is larger than 50 megapixels a frame"):
         video.read_clip(tmp_path / "large.webp", TINY)
 
 

@@ -213,9 +213,3 @@ def test_times_are_counted_from_the_first_frame_of_the_file(tmp_path):
         assert shown(clip.frames, 6) == [0, 2, 4] and clip.fps == pytest.approx(12.5)
         assert clip.times == pytest.approx([0, 0.08, 0.16])
         assert shown(video.read_clip(tmp_path / name, TINY, num_frames=3, end=0.2).frames, 6) == [0, 2, 5]
-
-
-def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write.write_clip("12:30.mp4", gradients(2), 7)
-    assert video.read_clip("12:30.mp4", TINY, num_frames=2).frames.shape == (2, 3, 64, 64)

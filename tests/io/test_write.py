@@ -1,5 +1,6 @@
 """What is written: the same bytes for the same clip, at the exact rate, whole or not at all whatever writes it."""
 
+import errno
 import os
 import re
 from fractions import Fraction
@@ -171,6 +172,49 @@ def test_frames_appear_whole_or_not_at_all(tmp_path):
     with files_of_at_most(1000), pytest.raises(InputError, match="a: cannot be written"):
         write.write_frames(tmp_path / "a", NOISE)
     assert os.listdir(tmp_path) == ["a"] and len(os.listdir(tmp_path / "a")) == 2
+
+
+def test_earlier_frames_stay_where_the_new_ones_cannot_take_their_place(tmp_path, monkeypatch):
+    write.write_frames(tmp_path / "a", NOISE[:2])
+    rename = os.rename
+
+    def refuse(source, target):
+        if source.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(InputError, match=r"a: cannot be written \(Input/output error\)"):
+        write.write_frames(tmp_path / "a", NOISE)
+    assert os.listdir(tmp_path) == ["a"] and len(os.listdir(tmp_path / "a")) == 2
+
+
+def test_frames_are_on_the_disk_before_they_take_their_name(tmp_path, monkeypatch):
+    calls = []
+
+    def note(function, name):
+        def noting(first, *rest):
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            calls.append((name, "." if path == str(tmp_path) else os.path.basename(path)))
+            return function(first, *rest)
+
+        monkeypatch.setattr(os, name, noting)
+
+    note(os.fsync, "fsync")
+    note(os.rename, "rename")
+    write.write_frames(tmp_path / "a", NOISE[:2])
+    synced = [("fsync", name) for name in ("00000.png", "00001.png", "new")]
+    assert calls == [*synced, ("rename", "new"), ("fsync", ".")]
+
+
+def test_a_folder_of_frames_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for name, message in (("", "Permission denied"), ("x" * 300, "File name too long")):
+        with pytest.raises(InputError, match=rf"cannot be read \({message}\); name another --out"):
+            write.check_frames(tmp_path / name)
 
 
 @pytest.mark.parametrize(

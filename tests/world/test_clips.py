@@ -7,7 +7,7 @@ import torch
 
 from minimti.config import MODELS
 from minimti.world.clips import captioned_scene, first_frame, habitual_scene, pixels
-from minimti.world.scene import CAMERA_WORDS, Scene, Wave, flip, random_scene, render, trajectory
+from minimti.world.scene import CAMERA_WORDS, Scene, Wave, render
 from minimti.world.shapes import SHAPES
 
 TINY = replace(MODELS["tiny"], size=(96, 64), num_frames=16)
@@ -44,10 +44,3 @@ def test_the_first_frame_is_that_of_the_clip():
 def test_pixels_of_0_and_255_are_the_bounds_of_the_domain():
     values = pixels(np.array([[0, 51, 255]], np.uint8))
     assert torch.allclose(values, torch.tensor([[-1.0, -0.6, 1.0]])) and values.dtype == torch.float32
-
-
-def test_a_flip_mirrors_positions():
-    scene = random_scene(np.random.default_rng(0), (64, 96))
-    (path,), (mirrored,) = trajectory(scene), trajectory(flip(scene))
-    assert np.allclose(mirrored.x, 96 - path.x) and np.allclose(mirrored.y, path.y)
-    assert mirrored.facing == -path.facing and np.allclose(mirrored.angle, path.angle)
