@@ -137,7 +137,7 @@ def _needed(
     """The peak in bytes: of loading, of the UNet and of the VAE, with the networks that are in memory at the time."""
     unet, vae, everything = (sum(p.nbytes for p in part.parameters()) for part in (svd.unet, svd.vae, svd))
     pixels = num_frames * size[0] * size[1]
-    cells = pixels / 4 ** (len(config.vae.ch_mult) - 1)
+    cells = pixels / config.vae.cell**2
     channels, ch = max(config.unet.model_channels, LEAST_CHANNELS) / 320, config.vae.ch / 128
     unfused = UNFUSED if mode == "max" and training and device != "cuda" else 1
     per_cell = (TRAIN if training else DENOISE)[mode] * unfused

@@ -46,6 +46,11 @@ class VAEConfig:
     scale_factor: float  # scaled latent = scale_factor * raw latent
     norm_groups: int = 32
 
+    @property
+    def cell(self) -> int:
+        """Pixels on a side of what one latent cell stands for."""
+        return 2 ** (len(self.ch_mult) - 1)
+
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
@@ -92,7 +97,7 @@ class SVDConfig:
     @property
     def size_multiple(self) -> int:
         """Pixels that width and height must be multiples of: one cell of the coarsest UNet level."""
-        return 2 ** (len(self.vae.ch_mult) - 1 + len(self.unet.channel_mult) - 1)
+        return self.vae.cell * 2 ** (len(self.unet.channel_mult) - 1)
 
 
 def to_json(config: SVDConfig) -> str:

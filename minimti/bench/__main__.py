@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(hardware(gpu), versions(), command, path)
     with ExitStack() as stack:
         if args.processes:
-            processes.find_programs()
+            processes.check_programs()
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             items = process_items(processes.Programs(folder, config, "cuda" if gpu else "cpu"))
         elif args.kernels:

@@ -220,8 +220,7 @@ def inputs(case: Case, device: str) -> list[Tensor]:
     """Random inputs of the step, in fp32."""
     config = case.config
     width, height = config.size
-    scale = 2 ** (len(config.vae.ch_mult) - 1)  # pixels per latent cell
-    z, h, w = config.vae.z_channels, height // scale, width // scale
+    z, h, w = config.vae.z_channels, height // config.vae.cell, width // config.vae.cell
     shapes = {
         "clip": (1, config.num_frames, 3, height, width),
         "clip_latents": (1, config.num_frames, z, h, w),

@@ -31,7 +31,7 @@ ROOT = Path(minimti.__file__).resolve().parents[1]  # the checkout: a wheel has 
 BAR = re.compile(r"([^\r\n:|]+):\s+(?:\d+%\|[^|\r\n]*\|\s+)?(\d+)/(\d+) \[")  # a bar, or a line of a log
 
 
-def find_programs() -> None:
+def check_programs() -> None:
     """Raises InputError where the two programs are not beside the package."""
     if not ((ROOT / "train.py").is_file() and (ROOT / "sample.py").is_file()):
         raise InputError(f"--processes needs train.py and sample.py, which are not in {ROOT}: run it in a checkout")

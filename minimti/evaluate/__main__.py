@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minimti import cli
-from minimti.checkpoint.fingerprint import fingerprint
 from minimti.config import DTYPES
-from minimti.evaluate.evaluation import NUM_REFERENCES, Settings
+from minimti.evaluate.evaluation import NUM_REFERENCES, Settings, weights_of
 from minimti.evaluate.experiments import EXPERIMENTS
 from minimti.evaluate.results import HEADER, Results
 from minimti.evaluate.tasks import Task, load, run
@@ -31,7 +30,9 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=seed, nargs="+", default=[0], metavar="SEED", help="each draws other motions (default: 0)")
     add("--motions", type=cli.integer(1, 1000), default=Settings.motions, help="per seed (default: %(default)s)")
     add("--targets", type=cli.integer(2, 1000), default=Settings.targets, help="per motion (default: %(default)s)")
-    steps = "steps per inversion (default: the recipe's), one for each clip at least; the paper's takes twice"
+    steps = (
+        f"steps of the model's own recipe, at least {NUM_REFERENCES}; others keep their ratio to it (default: its own)"
+    )
     add("--steps", type=cli.integer(NUM_REFERENCES, 10**6), help=steps)
     out = "for pictures and embeddings of each seed; embeddings that are there are not learned again, so name another"
     add("--out", default="runs/evaluate", metavar="FOLDER", help=f"{out} after a change of code (default: %(default)s)")
@@ -47,12 +48,12 @@ def main() -> None:
     """Runs the experiments for each seed and prints their table. Raises InputError where an input is unusable."""
     args = parse()
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json)  # before a model is loaded
     settings = Settings(motions=args.motions, targets=args.targets, steps=args.steps)
     task = Task(args.model, args.device, args.dtype, settings, Path(args.out))
     svd, _ = load(task)
     determinants = {**asdict(settings), "recipe": asdict(make_recipe(svd.config)), "dtype": str(svd.dtype)}
-    results = Results(Path(args.json) if args.json else None, determinants, fingerprint(svd.unet))
+    results = Results(Path(args.json) if args.json else None, determinants, weights_of(svd))
     names, seeds = args.only or [*EXPERIMENTS], [*dict.fromkeys(args.seeds)]
     missing = [(task, name, seed) for name in names for seed in seeds if not results.has(seed, name)]
 

@@ -60,7 +60,7 @@ class Inversion:
 class Case:
     """A motion: the references that show it, and the targets that should move in the same way.
 
-    Their sprites have different shapes and colours; an inversion learns from the first reference or more of them.
+    Their sprites are of different shapes, in random colours; an inversion learns from the first reference or more.
     """
 
     references: tuple[Scene, ...]
@@ -82,7 +82,7 @@ def random_case(
     program: tuple[str, ...] | None = None,
     wave: Wave | None = None,
 ) -> Case:
-    """References, and targets of other shapes, colours and places, in the size and length of `config`'s clips.
+    """References, and targets of other shapes in random colours and places, in the size and length of `config`'s clips.
 
     No two references share a shape. Targets face in the direction opposite to the first reference's and in the same
     direction by turns. `num_sprites`, `program` and `wave` are those of `random_scene`.
@@ -102,6 +102,12 @@ def random_case(
     return Case(tuple(references), tuple(targets))
 
 
+def weights_of(svd: SVD) -> dict[str, list[float]]:
+    """The fingerprints of all networks, under the names that their weights have in the model."""
+    found = {name: fingerprint(network) for name, network in svd.named_children()}
+    return {f"{name}.{weight}": numbers for name, part in found.items() for weight, numbers in part.items()}
+
+
 # ---------------------------------------------------------------------------------------------- measures of a clip
 
 
@@ -109,11 +115,6 @@ def clip_error(clip: np.ndarray, scene: Scene) -> float:
     """The motion error of a clip uint8 [F, 3, H, W] that should show `scene`; with two sprites, their mean."""
     paths = trajectory(scene)
     return float(np.mean([motion_error(track(clip, scene, i), path) for i, path in enumerate(paths)]))
-
-
-def clip_errors(clips: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[float]:
-    """`clip_error` of each clip and its scene."""
-    return [clip_error(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
 
 
 def follows(clip: np.ndarray, scene: Scene, wanted: Trajectory, other: Trajectory) -> bool | None:
@@ -161,7 +162,7 @@ class Evaluation:
             for i in range(settings.motions)
         ]
         self.cases = {f"{i}: {' '.join(case.reference.program)}": case for i, case in enumerate(drawn)}
-        self.fingerprint = fingerprint(svd.unet)
+        self.fingerprint, self.weights = fingerprint(svd.unet), weights_of(svd)
         self._motions: dict[tuple[Case, Inversion], Motion] = {}
         self._clips: dict[tuple[Case, int], tuple[Motion | None, list[np.ndarray]]] = {}
 
@@ -222,7 +223,7 @@ class Evaluation:
         """
         inversion = inversion or self.inversion()
         if (case, inversion) not in self._motions:
-            facts = repr((case, inversion, self.fingerprint, self.svd.dtype, __version__))
+            facts = repr((case, inversion, self.weights, self.svd.dtype, __version__))
             path = self.folder / "embeddings" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.pt"
             if path.exists():
                 motion = Motion.load(path)
@@ -290,7 +291,7 @@ class Evaluation:
 
     def errors(self, case: Case, motion: Motion | None) -> list[float]:
         """The motion error of each target of a case under an embedding."""
-        return clip_errors(self.clips(case, motion), case.targets)
+        return [clip_error(clip, scene) for clip, scene in zip(self.clips(case, motion), case.targets, strict=True)]
 
     def losses(self, case: Case, motion: Motion | None) -> list[float]:
         """The model's loss on the true clip of each target of a case, under an embedding."""

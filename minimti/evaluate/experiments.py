@@ -29,9 +29,8 @@ from minimti.evaluate.evaluation import (
 from minimti.evaluate.results import Result, Values
 from minimti.motion import Motion
 from minimti.score import EXPECTED, NOT_EXPECTED, THRESHOLDS, expectation, measure
-from minimti.world.captions import NUM_SLOTS
 from minimti.world.clips import habitual_scene
-from minimti.world.scene import CAMERA_WORDS, Program, Scene, Trajectory, Wave, flip, render, trajectory
+from minimti.world.scene import CAMERA_WORDS, NUM_SLOTS, Program, Scene, Trajectory, Wave, flip, render, trajectory
 from minimti.world.shapes import SHAPES
 from minimti.world.tracker import search
 

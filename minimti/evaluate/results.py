@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from minimti.checkpoint.fingerprint import differs
-from minimti.io.files import InputError, atomic_write, check_writable
+from minimti.io.files import InputError, atomic_write
 
 Values = dict[str, list]  # by motion: a number for each target, or an answer (True, False, None where there is none)
 Result = dict[str, dict[str, Values]]  # by label of a table row, by quantity
@@ -22,13 +22,13 @@ RESAMPLES = 10_000  # samples of the bootstrap
 class Results:
     """The results of experiments, by seed; with a path also in that file, which every `add` writes.
 
-    An existing file with the same settings is continued. Raises InputError where the file cannot be written, or holds
-    results of other settings, of other weights, or something else.
+    An existing file with the same settings is continued. Raises InputError where it holds results of other settings,
+    of other weights, or something else.
     """
 
     def __init__(self, path: Path | None, settings: dict, fingerprint: dict[str, list[float]]):
-        """settings: numbers and strings that results depend on. fingerprint: of the model's UNet."""
-        self.path = check_writable(path) if path else None
+        """settings: numbers and strings that results depend on. fingerprint: of the model's weights."""
+        self.path = path
         self.content: dict = {"settings": settings, "fingerprint": fingerprint, "seeds": {}}
         if self.path and self.path.exists():
             self.content["seeds"] = self._existing(self.path)
@@ -40,7 +40,10 @@ class Results:
             settings, fingerprint, seeds = found["settings"], found["fingerprint"], found["seeds"]
             if not all(isinstance(part, dict) for part in (settings, fingerprint, seeds)):
                 raise TypeError("not dictionaries")
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            for found in (found for experiments in seeds.values() for found in experiments.values()):
+                for values in (part["values"] for row in found["rows"].values() for part in row.values()):
+                    [float(value) for clips in values.values() for value in clips if value is not None]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: was not written by minimti.evaluate; name another file") from error
         mine = self.content["settings"]
         other = [f"{key} {settings.get(key)}, not {value}" for key, value in mine.items() if settings.get(key) != value]
@@ -84,7 +87,7 @@ def summary(by_seed: Sequence[Values]) -> dict:
 
     mean          over all clips that have a value
     interval      of the mean, with 95 % confidence: the bootstrap over motions, each with all its clips
-    over_motions  standard deviation of the motions' means; what seeds share of a motion's name counts as one motion
+    over_motions  standard deviation of the motions' means; motions of one name in several seeds count as one
     over_seeds    standard deviation of the seeds' means
     clips         the number of clips that have a value
     motions       the mean of each motion

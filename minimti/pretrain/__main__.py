@@ -23,9 +23,10 @@ def parse() -> argparse.Namespace:
         "--run",
         default="runs/tiny",
         metavar="FOLDER",
-        help="where the run saves its state, and resumes from it (default: %(default)s)",
+        help="where the run saves its state, and resumes from it; for one process at a time (default: %(default)s)",
     )
-    add("--out", default=str(WEIGHTS / "tiny"), metavar="FOLDER", help="where the model goes (default: weights/tiny)")
+    out = "where the model goes at the end, in place of the one that is there (default: weights/tiny)"
+    add("--out", default=str(WEIGHTS / "tiny"), metavar="FOLDER", help=out)
     add("--seed", type=cli.integer(0, 2**32 - 1), default=0, help="for all random draws (default: %(default)s)")
     add("--scale", type=cli.number(1e-6, 100), default=1.0, help="multiplies the steps of all stages (default: 1)")
     add(

@@ -58,7 +58,7 @@ def card(svd: SVD, table: Sequence[Row]) -> str:
     unet, vae, tower = (sum(p.numel() for p in network.parameters()) / 1e6 for network in networks)
     columns = [key for key in table[0] if key != "command"]
     (width, height), sizes = svd.config.size, svd.config.vae
-    cell = 2 ** (len(sizes.ch_mult) - 1)
+    cell = sizes.cell
     return "\n".join(
         [
             f"# The training of `{svd.config.name}`",

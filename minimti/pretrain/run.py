@@ -2,8 +2,8 @@
 
 The run goes through the stages in which SVD was made (stages.py). If it is stopped, the same command resumes it from
 its checkpoint (state.py). The data of a step depends only on seed, stage and step, so the result is bit-identical to
-that of an uninterrupted run (given the same number of PyTorch threads). With `--stages`, a run trains a finished model
-further in some stages only.
+that of an uninterrupted run (on the same processor, with the same number of PyTorch threads). With `--stages`, a run
+trains a finished model further in some stages only.
 """
 
 import json
@@ -84,7 +84,7 @@ def encoded_clips(run: Run, kind: str, check: Callable[[], None]) -> EncodedClip
 
 
 def draw_chunk(config: SVDConfig, kind: str, seed: int, i: int, num_scenes: int) -> tuple[int, DrawnClips]:
-    """The clips number i of a kind, with i."""
+    """Chunk i of a kind of clips, with i."""
     return i, draw_clips(config, kind, generator(seed, ENCODED + list(SCENES).index(kind), i), num_scenes)
 
 
@@ -143,7 +143,8 @@ class Gradients:
 def train(run: Run, check: Callable[[], None]) -> None:
     """Train the current stage from its current step to its end; leaves the averaged weights in the model.
 
-    Raises FloatingPointError if the loss is not finite, KeyboardInterrupt if `check` does, after saving.
+    Raises FloatingPointError if the loss is not finite, KeyboardInterrupt if `check` does: encoded clips are kept in
+    files, and steps are saved before.
     """
     settings, stage = run.settings, run.stages[run.stage]
     if len(run.records) == run.stage:
@@ -285,19 +286,21 @@ def write_model(run: Run) -> None:
 
 
 def pretrain(run: Run) -> None:
-    """Go through the stages that a run has not done yet, and write the model to its `out` after each of them.
+    """Go through the stages that a run has not done yet, and write the model to its `out` at the end.
 
     Raises KeyboardInterrupt when stopped, after saving; FloatingPointError if a loss is not finite.
     """
     with signals.held() as check:
+        if not run.path.exists():
+            run.save()  # from here on the folder, and the clips that are encoded in it, are those of this run
         while run.stage < len(run.stages):
             name = run.stages[run.stage].name
             train(run, check)
             if name in FINISH:
                 FINISH[name](run)
-            write_model(run)
             run.stage, run.step, run.ema, run.optimisers = run.stage + 1, 0, {}, []
             run.save()
             record = run.records[run.stage - 1]
             psnr = "" if record.psnr is None else f", held-out PSNR {record.psnr:.1f} dB"
             tqdm.write(f"{name}: {len(record.losses)} steps, {record.seconds / 60:.1f} minutes{psnr}")
+        write_model(run)

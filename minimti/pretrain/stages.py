@@ -104,8 +104,8 @@ def gaussian(rng: np.random.Generator, *shape: int) -> Tensor:
 
 def latent_shape(config: SVDConfig) -> tuple[int, int, int]:
     """Channels, height and width of a frame's latent."""
-    cell = 2 ** (len(config.vae.ch_mult) - 1)
-    return config.vae.z_channels, config.size[1] // cell, config.size[0] // cell
+    width, height = config.size
+    return config.vae.z_channels, height // config.vae.cell, width // config.vae.cell
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ OPTIMISER_STATES = (
     {"momentum"},
     {"step", "exp_avg", "exp_avg_sq"},
 )  # names for a parameter, in `make_optimisers`' order
+OTHER_FILES = ("words.safetensors", "card.md")  # of a model, beside its weights
 COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # names in a row of the card
 CPU = torch.device("cpu")
 
@@ -166,6 +167,7 @@ class Run:
         """Write the checkpoint."""
         state = {key: getattr(self, key) for key in STATE}
         records = [asdict(record) for record in self.records]
+        state["computed"] = self.device.type, str(self.dtype).removeprefix("torch.")
         with atomic_write(self.path) as part, open(part, "wb") as file:
             torch.save({**self.identity, **state, "records": records, "model": self.model.state_dict()}, file)
 
@@ -187,9 +189,10 @@ def begin(
     impossible, a folder cannot be written to, `folder` holds another run, or `out` no model of these sizes.
     """
     check_sizes(config)
-    for place in (folder, out):
+    for place, files in ((folder, ["checkpoint.pt"]), (out, [f"{config.name}.safetensors", *OTHER_FILES])):
         make_folder(place)
-        check_writable(place / "checkpoint.pt")
+        for file in files:
+            check_writable(place / file)
     torch.manual_seed(seed)
     stages = tuple(stage for stage in settings.stages if names is None or stage.name in names)
     model = PretrainModel(config).to(device)
@@ -240,9 +243,13 @@ def take_up(run: Run) -> None:
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """The state of a checkpoint becomes that of the run.
 
-    Of the optimisers the tensors are taken; their constants are those of the settings. Raises ValueError, or what a
-    wrong type raises, where it is no state that a run can have.
+    The tensors of the optimisers are taken; their constants come from the settings. On a device of the same type the
+    precision stays. Raises ValueError, or what a wrong type raises, where it is no state that a run can have.
     """
+    device, dtype = saved.get("computed", ("", ""))  # a run of 0.5.0 has none
+    require(dtype in ("", "float32", "bfloat16"), "dtype")
+    if device == run.device.type:
+        run.dtype = getattr(torch, dtype)
     run.model.load_state_dict(saved["model"])
     run.records = [Record(**record) for record in saved["records"]]
     for key in STATE:

@@ -10,9 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minimti.io.files import InputError, atomic_write, require_file
-from minimti.world.scene import WORDS, Program
-
-NUM_SLOTS = 7  # words in a caption
+from minimti.world.scene import NUM_SLOTS, WORDS, Program
 
 
 class CaptionEmbedding(nn.Module):

@@ -9,8 +9,7 @@ from torch import Tensor
 from minimti.config import SVDConfig
 from minimti.io.files import InputError
 from minimti.io.pixels import from_uint8
-from minimti.world.captions import NUM_SLOTS
-from minimti.world.scene import MIN_SIDE, Scene, habit, random_scene, render
+from minimti.world.scene import MIN_SIDE, NUM_SLOTS, Scene, habit, random_scene, render
 from minimti.world.shapes import SHAPES
 
 PAIR_SHARE = 0.2  # captioned scenes with two sprites

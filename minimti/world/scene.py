@@ -36,6 +36,7 @@ RATES = {
     "zoom out": (0, 0, 0, 0, 0, -GROWTH),
 }
 WORDS = tuple(RATES)  # the vocabulary; a word's index is its id
+NUM_SLOTS = 7  # words in a caption
 SPRITE_WORDS, CAMERA_WORDS = WORDS[:8], WORDS[8:]
 
 MIN_SIDE = 48  # pixels
@@ -149,13 +150,15 @@ HABITS = {
 }
 
 
-def habit(shape: str, num_slots: int = 7) -> Habit:
+def habit(shape: str, num_slots: int = NUM_SLOTS) -> Habit:
     """The habit of a shape, with its program stretched to `num_slots` words."""
     own = HABITS[shape]
     return replace(own, program=tuple(own.program[i * len(own.program) // num_slots] for i in range(num_slots)))
 
 
-def random_program(rng: np.random.Generator, num_slots: int = 7, words: tuple[str, ...] = SPRITE_WORDS) -> Program:
+def random_program(
+    rng: np.random.Generator, num_slots: int = NUM_SLOTS, words: tuple[str, ...] = SPRITE_WORDS
+) -> Program:
     """A program of `num_slots` words: with probability 0.1 a single word throughout, else 3 to 6 runs of a word each.
 
     The runs have random lengths and neighbouring runs have different words. "still" has 0.3 of the weight of others.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from minimti import load
 from minimti.bench import processes
-from minimti.bench.processes import Event, Programs, find_programs, watch, write_inputs, write_weights
+from minimti.bench.processes import Event, Programs, check_programs, watch, write_inputs, write_weights
 from minimti.bench.report import NotMeasurable
 from minimti.io.files import InputError
 
@@ -126,7 +126,7 @@ def test_what_was_not_written_is_named(tmp_path):
 
 
 def test_an_installed_package_has_no_programs(tmp_path, monkeypatch):
-    find_programs()
+    check_programs()
     monkeypatch.setattr("minimti.bench.processes.ROOT", tmp_path)
     with pytest.raises(InputError, match="run it in a checkout"):
-        find_programs()
+        check_programs()

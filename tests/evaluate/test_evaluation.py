@@ -137,7 +137,7 @@ def test_embeddings_outlast_the_process(small, random_svd, words, monkeypatch):
         assert torch.equal(again.learn(first_case(again)).tokens, learned.tokens)
     files = {*(small.folder / "embeddings").iterdir()}
     other = Evaluation(random_svd, words, small.seed, small.settings, small.folder)
-    other.fingerprint = {}
+    other.weights = {}
     other.learn(first_case(other))
     assert len({*(small.folder / "embeddings").iterdir()} - files) == 1
 

@@ -72,6 +72,8 @@ def test_a_file_is_continued_by_a_run_of_the_same_settings(tmp_path):
         ("{", "was not written by minimti.evaluate"),
         ("[]", "was not written by minimti.evaluate"),
         ('{"settings": [], "fingerprint": {}, "seeds": {}}', "was not written by minimti.evaluate"),
+        ('{"settings": {}, "fingerprint": {}, "seeds": {"0": []}}', "was not written by minimti.evaluate"),
+        ('{"settings": {}, "fingerprint": {}, "seeds": {"0": {"caption": {}}}}', "was not written by minimti.evaluate"),
         ('{"settings": {"motions": 3}, "fingerprint": {}, "seeds": {}}', "motions 3, not 2"),
         ('{"settings": {"motions": 2}, "fingerprint": {"layer.weight": [0.5, 2.0]}, "seeds": {}}', "of other weights"),
     ],

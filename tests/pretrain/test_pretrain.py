@@ -19,10 +19,11 @@ from minimti.checkpoint.load import open_checkpoint
 from minimti.config import MODELS
 from minimti.io.files import InputError
 from minimti.pretrain import __main__ as command
+from minimti.pretrain import state
 from minimti.pretrain.card import Record, card
 from minimti.pretrain.run import pretrain
 from minimti.pretrain.stages import STAGES, PretrainModel
-from minimti.pretrain.state import DEFAULT, Run, begin
+from minimti.pretrain.state import DEFAULT, begin
 from minimti.svd import SVD
 from minimti.world import captions
 from minimti.world.clips import check_sizes
@@ -31,14 +32,6 @@ from minimti.world.scene import WORDS
 
 def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Run, Path]:
-    folder = tmp_path_factory.mktemp("run")
-    run = begin(SMALLER, folder, folder / "out", 0, FEW, settings=SHORT)
-    pretrain(run)
-    return run, folder
 
 
 def test_every_stage_trains_its_modules(finished):
@@ -73,8 +66,11 @@ def test_the_files_of_a_run_can_be_used(finished):
         assert (folder / f"{name}.png").is_file()
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
-    """Stopped by a signal in one stage, killed in two others: in its second step, and before its first checkpoint."""
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Stopped by a signal in one stage, killed in two others: in its second step, and before its first checkpoint.
+
+    Its precision stays, whatever is faster by now. The model appears at the end.
+    """
     run, folder = finished
     calls = []
 
@@ -94,6 +90,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     for stopped in (KeyboardInterrupt, RuntimeError, RuntimeError):
         with pytest.raises(stopped):
             pretrain(begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings))
+    assert not list((tmp_path / "out").iterdir())
+    other = torch.bfloat16 if run.dtype == torch.float32 else torch.float32
+    monkeypatch.setattr(state, "faster_dtype", lambda device: other)
     again = begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW, settings=settings)
     pretrain(again)
     assert calls.count("frames") == 2 and calls.count("tower") == 3 and calls.count("images") == 3
@@ -158,6 +157,17 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no")
     with pytest.raises(InputError, match="not a checkpoint of minimti.pretrain"):
         begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW)
+
+
+def test_clips_that_were_encoded_before_the_first_checkpoint_are_those_of_the_run(tmp_path, monkeypatch):
+    def killed(run, check):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("minimti.pretrain.run.train", killed)
+    with pytest.raises(RuntimeError):
+        pretrain(begin(SMALLER, tmp_path, tmp_path / "out", 0, FEW))
+    with pytest.raises(InputError, match="holds a run of --seed 0"):
+        begin(SMALLER, tmp_path, tmp_path / "out", 1, FEW)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from small_runs import FEW, SHORT
 
 from minimti.io.files import InputError
 from minimti.pretrain.card import Record, rows
-from minimti.pretrain.run import encoded_clips, held_out, learning_rate, pretrain, train
+from minimti.pretrain.run import encoded_clips, held_out, learning_rate, train
 from minimti.pretrain.stages import STAGES, Stage
 from minimti.pretrain.state import DEFAULT, Run, begin, restore
 from minimti.world.clips import first_frame, pixels
@@ -280,28 +280,21 @@ def test_all_encoded_and_held_out_clips_differ(tmp_path):
     assert gaps.min() > 0.3 * gaps.mean()
 
 
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory) -> Run:
-    """A run through the stages of the autoencoder."""
-    folder = tmp_path_factory.mktemp("autoencoder")
-    run = begin(SMALLER, folder, folder / "out", 0, FEW, settings=replace(SHORT, stages=SHORT.stages[:2]))
-    pretrain(run)
-    return run
-
-
-def test_psnr_is_that_of_the_pictures(autoencoder):
+def test_psnr_is_that_of_the_pictures(finished):
     """The picture shows each measured clip above its reconstruction."""
-    for record, name in zip(autoencoder.records, ("frames", "clips")):
-        picture = np.asarray(Image.open(autoencoder.folder / f"{name}.png")).astype(float) / 255
+    run, folder = finished
+    for record, name in zip(run.records, ("frames", "clips")):
+        picture = np.asarray(Image.open(folder / f"{name}.png")).astype(float) / 255
         true, out = picture.reshape(2, 2, 48, 8 * 48, 3).swapaxes(0, 1)  # each [2, H, (F W), 3]
         assert record.psnr == pytest.approx(-10 * np.log10(np.square(true - out).mean()), abs=0.05)
 
 
-def test_scaled_latents_have_unit_variance(autoencoder):
+def test_scaled_latents_have_unit_variance(finished):
     """They are those of the held-out clips that are not measured, every fourth frame."""
-    clips = np.stack([render(scene)[::4] for scene in held_out(autoencoder, "captions", 4)[2:]])
+    run, _ = finished
+    clips = np.stack([render(scene)[::4] for scene in held_out(run, "captions", 4)[2:]])
     with torch.no_grad():
-        latents = autoencoder.model.svd.encode(pixels(clips))  # [2, 2, z, h, w]
+        latents = run.model.svd.encode(pixels(clips))  # [2, 2, z, h, w]
     assert torch.allclose(latents.std((0, 1, 3, 4)), torch.ones(latents.shape[2]), atol=0.05)
     assert torch.allclose(latents.mean((0, 1, 3, 4)), torch.zeros(latents.shape[2]), atol=0.05)
 
