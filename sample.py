@@ -129,6 +129,8 @@ def check(args: argparse.Namespace, motions: "list[Motion]") -> None:
         raise InputError("--swap and --emb: each of them sets the motion; give one")
     if args.attention and not args.emb:
         raise InputError("--attention: needs --emb; the image's own embedding is one token, which gets all attention")
+    if args.attention and args.compile:
+        raise InputError("--attention and --compile: compiled layers do not show their attention; leave one out")
     for emb, motion in zip(args.emb, motions):
         if motion.model != motions[0].model:
             first = f"{args.emb[0]} is for {motions[0].model!r}"

@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
             matrices = torch.stack([matrix.flatten(1) for matrix in rows])  # [n, out, columns]
             scale = UPDATE_RMS * max(matrices.shape[1:]) ** 0.5
             for i, update in zip(indices, orthogonalised(matrices) * scale):
-                updates[i] = update.view(rows[0].shape).movedim(-1, 1)
+                updates[i] = update.view(rows[0].shape).movedim(-1, 1)  # [out, in, ...]
         return updates
 
 

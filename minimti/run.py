@@ -290,7 +290,8 @@ class Run:
             for x0, concat, micro in torch.load(self.path("views.pt"), map_location=device, weights_only=True):
                 frames = x0.shape[1]
                 concat = concat.expand(-1, frames, -1, -1, -1)  # [1, F, z, h, w]
-                views.append((x0, Conditioning(concat, micro, none.expand(-1, frames, -1, -1), none[:, 0])))
+                spatial, temporal = none.expand(-1, frames, -1, -1), none[:, 0]  # [1, F, 0, d], [1, 0, d]
+                views.append((x0, Conditioning(concat, micro, spatial, temporal)))
         self.saved_views = len(views)
         return State(fields["tokens"], fields["optimizer"], fields["steps"], views)
 

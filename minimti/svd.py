@@ -123,7 +123,7 @@ class SVD(nn.Module):
     def tokens_of(self, image: Tensor, num_frames: int) -> Tokens:
         """Image [B, 3, H, W] in [-1,1] -> tokens of plain image-to-video: its CLIP embedding as the only one, N = 1."""
         embedding = self.embed(image)[:, None]  # [B, 1, d]
-        return embedding[:, None].expand(-1, num_frames, -1, -1), embedding
+        return embedding[:, None].expand(-1, num_frames, -1, -1), embedding  # [B, F, 1, d], [B, 1, d]
 
     def prepare(
         self, image: Tensor, tokens: Tokens, micro: MicroConditioning, generator: torch.Generator

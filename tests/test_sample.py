@@ -226,6 +226,7 @@ REFUSED = [
     (["--emb", "m.pt", "no*.png"], "no*.png: no file has such a name"),
     (["--emb", "m.pt", "--swap", "a.png", "a.png"], "--swap and --emb: each of them sets the motion; give one"),
     (["a.png", "--attention"], "--attention: needs --emb"),
+    (["--emb", "m.pt", "a.png", "--attention", "--compile"], "--attention and --compile: compiled layers do not show"),
     (["--emb", "m.pt", "a.png", "--schedule", "ays"], "--schedule ays: is for SVD, whose noise begins at 700"),
     (["--emb", "m.pt", "a.png", "--format", "png", "--out", "x.mp4"], "x.mp4: does not fit --format png"),
     (["--emb", "m.pt", "a.png", "--format", "gif", "--out", "x.mp4"], "x.mp4: does not fit --format gif"),

@@ -87,8 +87,7 @@ class SelfAttentionOverTime(SelfAttention):
             clips = attention(q.squeeze(0), k.squeeze(0), v.squeeze(0), self.few_scores).unsqueeze(0)
         else:
             clips = torch.stack([attention(*clip, self.few_scores) for clip in zip(q, k, v)])
-        # [B, L, heads, F, head_dim] -> [(B F), L, heads, head_dim], the order that `project_out` needs
-        rows = clips.permute(0, 3, 1, 2, 4).flatten(0, 1)
+        rows = clips.permute(0, 3, 1, 2, 4).flatten(0, 1)  # [(B F), L, heads, head_dim], as `project_out` needs it
         return rows.transpose(1, 2)  # [(B F), heads, L, head_dim]
 
 

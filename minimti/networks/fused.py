@@ -81,7 +81,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None, silu: bool) 
 def geglu(projected: Tensor) -> Tensor:
     """[..., 2 H] -> [..., H]: the first half of the features times the exact GELU of the second."""
     rows = projected.contiguous().flatten(0, -2)  # [R, 2 H]
-    return _geglu(rows).view(*projected.shape[:-1], -1)
+    return _geglu(rows).view(*projected.shape[:-1], -1)  # [..., H]
 
 
 # --------------------------------------------------------------------------------------------- operators
