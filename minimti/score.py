@@ -177,7 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("emb", metavar="FILE", help="the embedding, written by train.py")
     what = "videos that sample.py made of it"
     parser.add_argument("results", nargs="*", metavar="RESULT", help=what)
-    clip = "the clip, where m.run/ is not beside m.pt and the clip has moved: read as the embedding names, else whole"
+    clip = "the clip, where neither m.run/ nor the file itself is where it was; read as the embedding says, if it does"
     parser.add_argument("--clip", metavar="CLIP", help=clip)
     cli.add_model_arguments(parser, default_model="the embedding's")
     cli.add_advanced_arguments(parser)
