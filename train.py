@@ -298,7 +298,7 @@ def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tu
     resumed = args.resume and run.is_begun
     if resumed:
         state = run.find(job.settings, args.steps, svd.device)
-        recipe = replace(recipe, steps=run.steps)
+        recipe = replace(recipe, steps=run.steps, crop=run.crop)
     ranks.wait()  # until all have read what is there
     if ranks.is_first:
         weights = fingerprint(svd.unet)

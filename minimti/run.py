@@ -61,6 +61,7 @@ class Run:
         self.folder = folder_of(self.out)
         self.legs: list[int] = []  # steps of each schedule of the rate: [500]; [500, 200] where 200 were added
         self.adds = False  # whether the last schedule follows a finished run
+        self.crop = False  # whether the views of a resumed run are cropped
         self.done: int | None = None  # steps of the embedding, once it is there
         self.saved, self.saved_views = -1, 0  # the step of state.pt, the number of views in views.pt
         self.log: list[dict[str, float]] = []  # the lines of log.jsonl
@@ -133,8 +134,9 @@ class Run:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
                 state = self._load(device) if self.path("state.pt").is_file() else None
-            # Up to version 0.3.0 a run had one process. Up to 0.4.0 all views were cropped; those that it has stay so.
+            # Up to version 0.3.0 a run had one process. Up to 0.4.0 all views were cropped, and stay so.
             begun = {"ranks": 1, "crop": settings.get("crop")} | found["settings"]
+            self.crop = bool(found["settings"].get("crop", True))
             differing = [name for name in settings if begun.get(name) != settings[name]]
             command = str(found["command"])
         except Exception as error:  # a damaged file can make the unpickler raise anything

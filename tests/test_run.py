@@ -311,7 +311,8 @@ def test_a_run_of_version_0_3_0_goes_on_in_one_process(mini_svd, clip, tmp_path)
     with begun(tmp_path / "m.pt", settings={"seed": 0}) as run:
         train(mini_svd, clip, run, stop=2)
     for crop in (True, False):
-        with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1, "crop": crop}) as (_, state):
+        with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 1, "crop": crop}) as (run, state):
+            assert run.crop
             assert state.steps == 2
     with pytest.raises(InputError, match="was begun in 1 process; to go on with it"):
         with resumed(tmp_path / "m.pt", settings={"seed": 0, "ranks": 2}):
