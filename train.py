@@ -432,12 +432,12 @@ def main() -> None:
         checkpoint = cli.find_model(args, model)
         stack.enter_context(ranks.joined())
         svd = cli.load_model(args, checkpoint, device)
+        facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}
+        check = stack.enter_context(signals.held(ranks.any))  # it waits for a step's end, and for files to be whole
         for job in left if ranks.is_first else []:  # all at once: --resume must not find the runs of an earlier command
             if not (args.resume and job.run.is_begun):
                 for note in job.run.make_way():
                     print(note)
-        facts = {"command": command(ranks), "weights": str(checkpoint.path), "revision": checkpoint.revision or ""}
-        check = stack.enter_context(signals.held(ranks.any))  # it waits for a step's end, and for files to be whole
         failed = []
         try:
             for number, job in enumerate(left, start=1):

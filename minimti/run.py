@@ -351,7 +351,7 @@ def read_learned(emb: str | Path, motion: Motion, config: SVDConfig, source: str
         warnings.simplefilter("ignore")  # about what is cut off, which training has said
         if source is None and kept.is_dir():
             return read_clip(kept, config, num_frames=count, size=size, stride=1)
-        if source is None and named and motion.span and os.path.exists(named):
+        if source is None and motion.span and (os.path.isfile(named) or os.path.isdir(named)):
             source = named
         if source is None:
             raise InputError(f"{emb}: neither {kept} nor {named or 'its clip'} is there")
