@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser = cli.Parser(prog="sample.py", description=__doc__)
     motion = parser.add_argument_group("motions and images").add_argument
     images = "images to animate, one video each: files, folders of pictures, or patterns ('photos/*.jpg')"
-    motion("images", nargs="*", metavar="IMAGE", help=images)
+    motion("images", nargs="*", type=cli.name, metavar="IMAGE", help=images)
     emb = "an embedding that train.py wrote; may be given several times"
     motion("--emb", metavar="FILE", action="append", default=[], help=emb)
     size = "size of the videos (default: the embedding's, else the model's; upright for a portrait image)"
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
         type=cli.number(0, 100),
         help="noise on the image before it is encoded (default: the embedding's, 0.02)",
     )
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(cli.arguments())
 
 
 def find_images(names: list[str], out: str) -> list[str]:

@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     advanced("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
     cache = "augmented views to encode once and use in turn; 0: a fresh one every step (default: paper 100, muon 25)"
     advanced("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
-    return parser.parse_args()
+    return parser.parse_args(cli.arguments())
 
 
 def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
         "the clip whose motion is learned: a video file, a pipe, a folder of pictures, or a pattern ('walk/*.png');"
         " several give an embedding each"
     )
-    clip("clips", nargs="+", metavar="CLIP", help=what)
+    clip("clips", nargs="+", type=cli.name, metavar="CLIP", help=what)
     together = "learn one motion from all clips, such as one action by different subjects, which take turns"
     clip("--together", action="store_true", help=together)
     start = "when a clip begins, as 3.5, 0:03.5 or 1:02:03.5 (default: 0)"
@@ -175,7 +175,7 @@ def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "
         clips.append(clip)
         height, width = clip.frames.shape[-2:]
         sizes = f"{clip.source_size[0]}x{clip.source_size[1]} fitted to {width}x{height}"
-        print(f"reference  {clip.source}: {len(clip.times)} frames, {sizes}")
+        print(f"reference  {cli.printable(clip.source)}: {len(clip.times)} frames, {sizes}")
         print(f"           {clip.about()}")
         for note in clip.notes:
             print(f"note       {note}")
@@ -194,22 +194,24 @@ def dry_run(args: argparse.Namespace, named: list[tuple[Path, list[str]]]) -> No
 
     _, config, device = cli.choose_model(args, args.model)
     dtypes = args.dtype and getattr(torch, args.dtype), getattr(torch, args.vae_dtype)
+    for out, _ in named:
+        if source := next((clip for clip in args.clips if is_among_pictures(out, clip)), None):
+            raise InputError(f"--out {out}: the strip would become a picture of {source}; name another folder")
     for out, sources in named:
         make_folder(out.parent)
         path = check_writable(out.with_name(f"{out.stem}-strip.png"), *args.clips)
-        if any(is_among_pictures(path, source) for source in sources):
-            raise InputError(f"--out {out}: its strip would become a picture of the clip; name another folder")
         clips = read(args, config, sources)
         recipe = recipe_of(args, config, clips)
         draw(args, path, clips, recipe.crop)
         what = "the frames" if len(clips) == 1 else "the frames of each clip"
-        print(f"strip      {path}: {what}, and below them three views as they are augmented; nothing was learned")
+        strip = cli.printable(path)
+        print(f"strip      {strip}: {what}, and below them three views as they are augmented; nothing was learned")
         for name, text in describe_learning(config, clips[0], recipe.steps, device, *dtypes, args.memory):
             print(f"{name:10} {text}")
 
 
 def is_among_pictures(path: Path, source: str) -> bool:
-    """Whether a picture would go into the folder of pictures that a clip is read from."""
+    """Whether a file goes into the folder of pictures that a clip is read from."""
     from minimti.io.pictures import find_pictures
 
     pictures = find_pictures(Path(source))
@@ -278,6 +280,8 @@ def unfinished(args: argparse.Namespace, jobs: list[Job], device: "torch.device"
     left, finished = [], []
     for job in jobs:
         try:
+            if len(jobs) > 1:
+                job.run.keep()
             if job.run.is_begun or len(jobs) == 1:
                 job.run.find(job.settings, args.steps, device)  # again when its turn comes: a state is large
             left.append(job)
@@ -338,7 +342,9 @@ def learn_job(
     `facts` are the entries of Motion.settings that all jobs share.
     """
     from minimti import learn
+    from minimti.motion import how_read
     from minimti.pipeline import budget_of_learning
+    from minimti.run import frames_digest
 
     clips, bars = job.clips, cli.Bars()
     budget = budget_of_learning(svd, clips[0], args.memory)
@@ -351,9 +357,11 @@ def learn_job(
         learned = learn(svd, clips, recipe=recipe, progress=watch, resume=state, ranks=ranks, **options)
     finally:  # an interrupt at step 900 keeps the 900
         bars.close()
-        sources, times = ", ".join(clip.source for clip in clips), "; ".join(clip.about() for clip in clips)
-        fit = f"{args.fit} at {args.crop_center[0]:.3f} {args.crop_center[1]:.3f}"  # Motion.part reads it
-        finish(job.run, facts | {"clip": sources, "times": times, "fit": fit, "memory": budget.memory})
+        about = {"clip": clips[0].source, "times": "; ".join(clip.about() for clip in clips)}
+        about |= how_read(args.start, args.end, args.sample_fps, args.stride, args.fit, args.crop_center)
+        if len(clips) > 1:
+            about["together with"] = ", ".join(clip.source for clip in clips[1:])
+        finish(job.run, facts | about | {"frames": frames_digest(clips[0]), "memory": budget.memory})
     print(judged(args, svd, learned, clips[0], ranks, check))
 
 
@@ -393,13 +401,13 @@ def finish(run: "Run", facts: dict[str, str]) -> None:
             motion.settings["command"] += " --resume"
         run.finish(motion)
         shape = "x".join(map(str, motion.tokens.shape))
-        print(f"embedding  {run.out}: {shape} tokens after {run.text(motion.steps)} steps")
+        print(f"embedding  {cli.printable(run.out)}: {shape} tokens after {run.text(motion.steps)} steps")
 
 
 def command(ranks: "Ranks") -> str:
     """The command line of this program, without --resume."""
     start = ["python"] if ranks.count == 1 else ["torchrun", "--nproc-per-node", str(ranks.count)]
-    return shlex.join([*start, *(argument for argument in sys.argv if argument != "--resume")])
+    return shlex.join([*start, sys.argv[0], *(argument for argument in cli.arguments() if argument != "--resume")])
 
 
 def following(args: argparse.Namespace, jobs: list[Job], ranks: "Ranks") -> str:
@@ -408,8 +416,8 @@ def following(args: argparse.Namespace, jobs: list[Job], ranks: "Ranks") -> str:
         return f"{command(ranks)} --resume"
     named = args.model in (None, "auto", *MODELS)  # else the embedding's model cannot be found by its name
     model = [] if named else ["--model", args.model]
-    embeddings = [word for job in jobs for word in ("--emb", str(job.run.out))]
-    return shlex.join(["python", "sample.py", *embeddings, "img.png", *model])
+    embeddings = [word for job in jobs for word in ("--emb", cli.as_file(str(job.run.out)))]
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name("sample.py")), *embeddings, "img.png", *model])
 
 
 def main() -> None:
@@ -442,7 +450,7 @@ def main() -> None:
         try:
             for number, job in enumerate(left, start=1):
                 if len(left) > 1:
-                    print(f"learning   {number} of {len(left)}  {job.run.out}")
+                    print(f"learning   {number} of {len(left)}  {cli.printable(job.run.out)}")
                 try:
                     learn_job(args, svd, job, ranks, check, facts)
                 except FloatingPointError as error:  # in all processes alike; the next clips can still be learned

@@ -65,6 +65,30 @@ def _within(kind: type, minimum: float, maximum: float) -> Callable:
     return parse
 
 
+def name(text: str) -> str:
+    """An argument type: the name of a file or folder, which the empty text of an unset variable is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is empty")
+    return text
+
+
+def arguments() -> list[str]:
+    """The arguments of the command line, where names that follow "--" are written so that they need none.
+
+    Some of argparse's ways do not take it, and a command with it cannot be continued with an option.
+    """
+    given = sys.argv[1:]
+    if "--" not in given:
+        return given
+    at = given.index("--")
+    return given[:at] + [as_file(name) for name in given[at + 1 :]]
+
+
+def as_file(name: str) -> str:
+    """A name of a file that does not look like an option."""
+    return f"./{name}" if name.startswith("-") else name
+
+
 def size(text: str) -> tuple[int, int]:
     """An argument type: WIDTHxHEIGHT."""
     width, height = text.lower().split("x")

@@ -4,7 +4,9 @@ A row for each motion: the clip, then its results. All are shown at the times of
 """
 
 import base64
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-from minimti.config import SVDConfig
+from minimti.config import SVDConfig, printable
 from minimti.io.decode import VideoFile
 from minimti.io.files import InputError, atomic_write, check_target
 from minimti.io.pictures import Pictures, find_pictures
@@ -27,12 +29,14 @@ from minimti.io.pixels import to_uint8
 from minimti.io.write import check_frames, enlarged, write_clip, write_video
 from minimti.motion import Motion
 from minimti.page import FIGURE, MARK, PAGE
-from minimti.results import Job, read_record
+from minimti.results import Job, read_record, record_of
 from minimti.run import read_learned
 
 CELL_SIDE = 384  # pixels: the longer side of a video in a comparison, at most
 COLUMNS = 6  # most videos in a row of the grid: longer rows go on below
 GRID_SIDE = 3840  # pixels: the sides of the grid, at most
+GRID_BYTES = 2**30  # of its frames in memory, at most
+MAX_LINES = 60  # rows of the grid, at most: cells are then 36 pixels high
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Pillow's own has English letters only
 BAR, GAP = 24, 4  # height of a label, and pixels between two videos
 
@@ -48,15 +52,24 @@ class Cell:
 
 
 def check_comparison(jobs: Sequence[Job], *inputs: str) -> None:
-    """Raises InputError where grid or page would take the place of a result, an input, or somebody's own page."""
+    """Raises InputError where grid or page would take the place of anything but an earlier comparison.
+
+    And where a grid would have more rows than MAX_LINES.
+    """
     folder, suffix = jobs[0].path.parent, jobs[0].suffix
-    path = folder / f"grid{suffix}"
+    path, page = folder / f"grid{suffix}", folder / "index.html"
     if path in [job.path for job in jobs]:
         raise InputError(f"{path}: is the name of the comparison; name the result otherwise as --out")
     (check_target if suffix else check_frames)(path, *inputs)
-    page = check_target(folder / "index.html", *inputs)
-    if page.is_file() and MARK not in page.read_text(errors="replace")[:1000]:
+    check_target(page, *inputs)
+    ours = page.is_file() and MARK in page.read_text(errors="replace")[:1000]
+    if page.is_file() and not ours:
         raise InputError(f"{page}: is there, and not by --compare; name another folder as --out")
+    if path.exists() and not (ours and not record_of(path).exists()):
+        raise InputError(f"{path}: is there, and not by --compare; name another folder as --out")
+    lines = sum(-(-(count + 1) // COLUMNS) for count in Counter(job.motion for job in jobs).values())  # with the clips
+    if lines > MAX_LINES:
+        raise InputError(f"--compare: {len(jobs)} results are too many for one picture; compare fewer at a time")
 
 
 def write_comparison(folder: Path, suffix: str, rows: Sequence[Sequence[Cell]]) -> list[Path]:
@@ -65,9 +78,9 @@ def write_comparison(folder: Path, suffix: str, rows: Sequence[Sequence[Cell]]) 
     Raises InputError where they cannot be written.
     """
     paths = [folder / f"grid{suffix}", folder / "index.html"]
-    write_video(paths[0], *grid(rows))
-    with atomic_write(paths[1]) as part:
+    with atomic_write(paths[1]) as part:  # first: a grid beside such a page is ours
         part.write_text(page(rows), encoding="utf-8", errors="backslashreplace")
+    write_video(paths[0], *grid(rows))
     return paths
 
 
@@ -122,22 +135,26 @@ def small(frame: Tensor) -> Tensor:
 def grid(rows: Sequence[Sequence[Cell]]) -> tuple[Tensor, float]:
     """All cells as one video, uint8 [F, 3, H, W] with even sides, and its rate: that of the fastest, over the longest.
 
-    Shorter videos rest on their last frame. Rows of more than COLUMNS cells go on below, in lines of equal length.
+    Shorter videos rest on their last frame. Rows of more than COLUMNS cells go on below, in lines of equal length. The
+    rate is lower where the whole would have more than GRID_BYTES.
     """
     lines = []
     for row in rows:
         length = -(-len(row) // -(-len(row) // COLUMNS))
         lines += [row[at : at + length] for at in range(0, len(row), length)]
     cells = [cell for line in lines for cell in line]
-    fps = max(cell.fps for cell in cells)
-    count = max(round(len(cell.video) / cell.fps * fps) for cell in cells)
+    fps, seconds = max(cell.fps for cell in cells), max(len(cell.video) / cell.fps for cell in cells)
     width, height = max(cell.video.shape[-1] for cell in cells), max(cell.video.shape[-2] for cell in cells)
     columns = max(map(len, lines))
     scale = min(1.0, (GRID_SIDE / columns - GAP) / width, (GRID_SIDE / len(lines) - GAP - BAR) / height)
     width, height = round(scale * width), round(scale * height)
     across, down = width + GAP, height + BAR + GAP
-    shape = [count, 3, (down * len(lines) + 1) // 2 * 2, (across * columns + 1) // 2 * 2]
-    whole = torch.full(shape, 255, dtype=torch.uint8)
+    shape = [3, (down * len(lines) + 1) // 2 * 2, (across * columns + 1) // 2 * 2]
+    most = GRID_BYTES // math.prod(shape)
+    if round(seconds * fps) > most:
+        fps = most / seconds
+    count = round(seconds * fps)
+    whole = torch.full([count, *shape], 255, dtype=torch.uint8)
     for y, line in enumerate(lines):
         for x, cell in enumerate(line):
             index = [min(int(i / fps * cell.fps + 1e-6), len(cell.video) - 1) for i in range(count)]
@@ -152,6 +169,7 @@ def grid(rows: Sequence[Sequence[Cell]]) -> tuple[Tensor, float]:
 
 def bar(text: str, width: int) -> Tensor:
     """uint8 [3, BAR, width]: a line of text on white, cut short with dots where it is too long."""
+    text = printable(text)
     image = Image.new("RGB", (width, BAR), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.truetype(FONT, 14)
     shown, length = text, len(text)

@@ -70,10 +70,20 @@ class Motion:
         return (float(times[1]), float(times[2])) if times else None
 
     @property
-    def part(self) -> tuple[str, tuple[float, float]]:
-        """How its clip was fitted, and the centre of a crop, as `place` takes them; else the middle of the picture."""
-        part = re.fullmatch(r"(crop|pad|stretch) at ([01]\.\d+) ([01]\.\d+)", self.settings.get("fit", ""), re.ASCII)
-        return (part[1], (float(part[2]), float(part[3]))) if part else ("crop", (0.5, 0.5))
+    def reading(self) -> dict[str, Any]:
+        """The options of `read_clip` by which its clip was read, as far as the settings say (see `how_read`)."""
+        options: dict[str, Any] = {}
+        n, text = r"(\d{1,7}\.\d{1,12})", self.settings.get("sampling", "")
+        if found := re.fullmatch(rf"from {n} s(?: to {n} s| at {n} fps| every (\d{{1,7}}))?", text, re.ASCII):
+            start, end, fps, stride = found.groups()
+            options = {"start": float(start), "end": end and float(end)}
+            options |= {"sample_fps": float(fps or 0) or None, "stride": int(stride or 0) or None}
+        elif self.span:  # up to version 0.5.0
+            options = dict(zip(("start", "end"), self.span))
+        if found := re.fullmatch(rf"(crop|pad|stretch) at {n} {n}", self.settings.get("fit", ""), re.ASCII):
+            how, *center = found.groups()
+            options |= {"how": how, "center": tuple(min(float(place), 1.0) for place in center)}
+        return options
 
     def check_fits(self, config: SVDConfig) -> None:
         """Raises InputError if the embedding was learned on another model than `config` describes."""
@@ -212,6 +222,25 @@ def _is_whole(value: Any, minimum: int, maximum: int) -> bool:
 
 def _is_text(value: Any, most: int) -> bool:
     return type(value) is str and len(value) <= most and value.isprintable()
+
+
+def how_read(
+    start: float,
+    end: float | None,
+    sample_fps: float | None,
+    stride: int | None,
+    how: str,
+    center: tuple[float, float],
+) -> dict[str, str]:
+    """Options of `read_clip` as entries of the settings, from which `Motion.reading` has them again."""
+    sampling = f"from {start:.9f} s"
+    if end is not None:
+        sampling += f" to {end:.9f} s"
+    elif sample_fps is not None:
+        sampling += f" at {sample_fps:.9f} fps"
+    elif stride is not None:
+        sampling += f" every {stride}"
+    return {"sampling": sampling, "fit": f"{how} at {center[0]:.9f} {center[1]:.9f}"}
 
 
 # ---------------------------------------------------------------------------------------------- reading files

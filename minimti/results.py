@@ -81,6 +81,8 @@ def plan(
                     label = f"{motion}: {label}"
                 if len(seeds) > 1:
                     name, label = f"{name}_seed{seed}", f"{label}, seed {seed}"
+                if form == "png" and Path(name).suffix.lower() in (".mp4", ".gif"):
+                    name = f"{Path(name).stem}_{Path(name).suffix[1:]}"  # by its name a result is a video or a folder
                 path = Path(out) / (name + SUFFIXES[form])
                 jobs.append(Job(path, m if learned else None, None if image is None else i, seed, label))
 

@@ -30,9 +30,10 @@ from torchvision.transforms.v2 import functional as T
 
 from minimti import __version__
 from minimti.checkpoint.fingerprint import differs
-from minimti.config import SVDConfig
+from minimti.config import SVDConfig, printable
 from minimti.invert import State, View
 from minimti.io.files import MAX_NAME, InputError, atomic_write, make_folder
+from minimti.io.pictures import find_pictures
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip, read_clip
 from minimti.io.write import enlarged, write_clip, write_frames, write_strip
@@ -105,18 +106,33 @@ class Run:
     # ------------------------------------------------------------------------------------------------ begin, resume
 
     def make_way(self) -> list[str]:
-        """Renames an embedding or a run that stands there; returns what to print about it."""
+        """Renames an embedding or a run that stands there; returns what to print about it.
+
+        From here on the folder is there, and held.
+        """
+        if not self._locks:
+            self._lock()
         new_out, new_folder = _free(self.out)
-        moved = _rename(self.out, new_out)
+        moved: list[str] = []
         if self.is_begun:
             moved += _rename(self.folder, new_folder)
             self._lock()
-        return moved
+        return _rename(self.out, new_out) + moved
+
+    def keep(self) -> None:
+        """Raises NothingLeft where a finished embedding stands there without its run."""
+        if self.is_begun or not self.out.is_file():
+            return
+        try:
+            motion = Motion.load(self.out)
+        except InputError:  # no embedding
+            return
+        if not motion.unfinished:
+            self.legs, self.done = [motion.steps], motion.steps
+            raise NothingLeft(f"{self.out}: has taken its {motion.steps} steps")
 
     def begin(self, settings: dict[str, Any], weights: dict[str, list[float]], steps: int, command: str) -> None:
-        """A new run, where none stands."""
-        if not self._locks:
-            self._lock()
+        """A new run, after `make_way`."""
         self.legs = [steps]
         self._write_settings({"settings": settings, "weights": weights, "command": command})
 
@@ -131,6 +147,7 @@ class Run:
         try:
             found = json.loads(self.path("settings.json").read_text())
             self.legs, self.weights = [int(leg) for leg in found["steps"]], found["weights"]
+            differs(self.weights, self.weights)  # raises where they are no fingerprint
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about other kinds of file; the InputError is enough
                 state = self._load(device) if self.path("state.pt").is_file() else None
@@ -140,7 +157,7 @@ class Run:
             differing = [name for name in settings if begun.get(name) != settings[name]]
             command = str(found["command"])
         except Exception as error:  # a damaged file can make the unpickler raise anything
-            raise InputError(f"{self.folder}: its files are damaged; leave --resume out to begin again") from error
+            raise InputError(f"{self.folder}: its files are damaged; delete this folder to begin again") from error
         if differing:
             name = min(differing, key=lambda name: (name != "model", name != "optimizer"))  # others follow from these
             if name == "model" and "--model" not in command:  # then its choice depends on what is on this machine
@@ -325,11 +342,17 @@ class Previews:
             except (FloatingPointError, torch.OutOfMemoryError) as error:
                 if self.ranks.count > 1:  # the others wait for this process
                     raise
-                reason = str(error).splitlines()[0]
-                return warnings.warn(f"no preview after {progress.step} steps: {reason}", stacklevel=2)
+                return self._warn(progress.step, error)
             beside = torch.cat([enlarged(part) for part in (to_uint8(self.clip.frames), video)], dim=-1)  # [F, 3, H, W]
             if self.ranks.is_first:
-                write_clip(self.run.path(f"preview-{progress.step:05}.mp4"), beside, self.clip.fps)
+                try:
+                    write_clip(self.run.path(f"preview-{progress.step:05}.mp4"), beside, self.clip.fps)
+                except InputError as error:
+                    self._warn(progress.step, error)
+
+    def _warn(self, step: int, error: Exception) -> None:
+        """Training goes on."""
+        warnings.warn(f"no preview after {step} steps: {str(error).splitlines()[0]}", stacklevel=3)
 
 
 def folder_of(out: Path) -> Path:
@@ -341,22 +364,41 @@ def read_learned(emb: str | Path, motion: Motion, config: SVDConfig, source: str
     """The clip that an embedding was learned from, the first of several, at the embedding's size.
 
     It is read from `source`, else from the frames in the folder of the run, else from the file that the embedding
-    names. Files are read at the times and in the part of the picture that the embedding names.
+    names. Files are read as training read them, as far as the embedding says how.
 
-    Raises InputError where there is none of them, or it does not hold such a clip.
+    Raises InputError where there is none of them, where it does not hold such a clip, and, without `source`, where it
+    holds another.
     """
-    kept, named = folder_of(Path(emb)) / "frames", motion.settings.get("clip", "")
-    count, size = motion.num_frames, motion.size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what is cut off, which training has said
-        if source is None and kept.is_dir():
-            return read_clip(kept, config, num_frames=count, size=size, stride=1)
-        if source is None and motion.span and (os.path.isfile(named) or os.path.isdir(named)):
-            source = named
-        if source is None:
-            raise InputError(f"{emb}: neither {kept} nor {named or 'its clip'} is there")
-        (start, end), (how, center) = motion.span or (0.0, None), motion.part
-        return read_clip(source, config, num_frames=count, size=size, start=start, end=end, how=how, center=center)
+    kept, named = str(folder_of(Path(emb)) / "frames"), motion.settings.get("clip", "")
+    places = [source] if source else [kept] * os.path.isdir(kept) + [named] * _is_there(named)
+    for place in places:
+        options = {"stride": 1} if place == kept else motion.reading
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what is cut off, which training has said
+                clip = read_clip(place, config, num_frames=motion.num_frames, size=motion.size, **options)
+        except InputError:
+            if place == places[-1]:
+                raise
+            continue
+        if source or motion.settings.get("frames") in (None, frames_digest(clip)):
+            return clip
+    if places:
+        raise InputError(f"{emb}: was learned from another clip than {' and '.join(places)}")
+    raise InputError(f"{emb}: neither {kept} nor {named or 'its clip'} is there")
+
+
+def _is_there(source: str) -> bool:
+    """Whether a name is that of a file, of a folder of pictures, or a pattern that fits some."""
+    try:
+        return os.path.isfile(source) or (source != "" and find_pictures(Path(source)) is not None)
+    except InputError:
+        return False
+
+
+def frames_digest(clip: Clip) -> str:
+    """A name for the frames of a clip, in eight bits as a run keeps them."""
+    return hashlib.sha256(to_uint8(clip.frames).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def digest(clips: Sequence[Clip]) -> str:
@@ -386,9 +428,12 @@ def draw_losses(path: Path, log: list[dict[str, float]], legs: list[int], title:
     axes.plot(steps, [sum(part) / len(part) for part in recent], color="tab:blue", label=f"mean of the last {SMOOTHED}")
     for end in range(1, len(legs)):
         axes.axvline(sum(legs[:end]), color="0.5", linestyle=":")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set_title(printable(title), parse_math=False)  # a name may hold dollars
     axes.legend()
-    figure.savefig(path, format="png", dpi=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font lacks
+        figure.savefig(path, format="png", dpi=100)
 
 
 def _how(setting: str, value: Any) -> str:
@@ -429,7 +474,7 @@ def _save(contents: Any, path: Path) -> None:
 def _entries(path: Path) -> Iterator[dict[str, float]]:
     """The lines of a log that are whole."""
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 yield {"step": int((entry := json.loads(line))["step"]), **entry}
             except (ValueError, KeyError, TypeError):

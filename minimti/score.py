@@ -178,10 +178,10 @@ def parse() -> argparse.Namespace:
     what = "videos that sample.py made of it"
     parser.add_argument("results", nargs="*", metavar="RESULT", help=what)
     clip = "the clip, where neither m.run/ nor the file itself is where it was; read as the embedding says, if it does"
-    parser.add_argument("--clip", metavar="CLIP", help=clip)
+    parser.add_argument("--clip", type=cli.name, metavar="CLIP", help=clip)
     cli.add_model_arguments(parser, default_model="the embedding's")
     cli.add_advanced_arguments(parser)
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(cli.arguments())
 
 
 def main() -> None:

@@ -16,14 +16,16 @@ from minimti.io.files import InputError, require_file
 def parse() -> argparse.Namespace:
     """The command line. Ends the program with exit code 2 where it is wrong."""
     parser = cli.Parser(prog="python -m minimti.show", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="m.pt, m.safetensors, img_m.mp4, img_m.gif, img_m.mp4.json, ...")
+    parser.add_argument(
+        "file", type=cli.name, metavar="FILE", help="m.pt, m.safetensors, img_m.mp4, img_m.gif, img_m.mp4.json, ..."
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Prints what is known of the file, a line each."""
     path = Path(parse().file)
-    is_embedding = path.suffix in (".pt", ".safetensors") and not path.is_dir()
+    is_embedding = path.is_file() and path.suffix.lower() not in (".mp4", ".gif", ".png", ".json")
     found = about_embedding(path) if is_embedding else about_result(path)
     lines = [(cli.printable(name), cli.printable(text)) for name, text in found]
     width = max((len(name) for name, _ in lines), default=0)
@@ -66,6 +68,8 @@ def about_result(path: Path) -> Iterator[tuple[str, str]]:
     else:
         if not path.is_dir():
             require_file(path)
+        if not path.name:  # ".", "/"
+            raise InputError(f"{path}: is no result of sample.py")
         if not record_of(path).is_file():
             raise InputError(f"{path}: says nothing of how it was made, and no {record_of(path).name} is beside it")
         record = read_record(record_of(path))

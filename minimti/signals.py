@@ -27,8 +27,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def program() -> str:
-    """The name of the program that runs, such as train.py."""
-    return os.path.basename(sys.argv[0])
+    """The name of the program that runs, such as train.py; of a package, such as evaluate, its own."""
+    folder, name = os.path.split(sys.argv[0])
+    return os.path.basename(folder) if name == "__main__.py" else name
 
 
 def end(number: int, _: Any = None) -> NoReturn:

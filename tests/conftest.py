@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -13,6 +14,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs kernels on a CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+gc.set_threshold(100_000, 50, 1000)  # each look through all objects of so many libraries takes 0.2 s
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in a script's background
 
 # An example costs a network, not a search: few examples, always the same ones.

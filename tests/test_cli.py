@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -34,7 +35,9 @@ from minimti.io.pixels import to_uint8
 from minimti.io.video import read_clip
 from minimti.io.write import write_clip
 from minimti.motion import Motion, frames_start
+from minimti.ranks import ALONE as ONE_PROCESS
 from minimti.ranks import Ranks
+from minimti.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
@@ -421,7 +424,8 @@ TRAIN = [
     (["ref.mp4", "--end", "nan"], "argument --end: 'nan' is not a time"),
     (["ref.mp4", "--crop-center", "0.5", "2"], "argument --crop-center: 2 is not in 0..1"),
     (["ref.mp4", "--fit", "fill"], "argument --fit: invalid choice: 'fill'"),
-    (["*.png", "--dry-run", "--out", "x.pt"], "--out x.pt: its strip would become a picture of the clip; name another"),
+    (["ref.mp4", "*.png", "--dry-run"], "--out ref.pt: the strip would become a picture of *.png; name another folder"),
+    (["ref.mp4", ""], "argument CLIP: a name is empty"),
     (["ref.mp4", "--dry-run", "--out", "no/m.pt"], "no/m.pt: cannot be written (No such file or directory)"),
     (["none*.png", *SMALL_FILE], "none*.png: no file has such a name"),
     (["ref.mp4", "nothing.mp4"], "nothing.mp4: no such file"),
@@ -469,6 +473,8 @@ SAMPLE = [
     (["--emb", "m.pt", "nothing.png"], "nothing.png: no such file"),
     (["--emb", "m.pt", "ref.mp4"], "ref.mp4: cannot be read as an image"),
     (["--emb", "m.pt"], "name an IMAGE to move"),
+    (["--emb", "m.pt", ""], "argument IMAGE: a name is empty"),
+    (["--emb", "m.pt", "--", "-r.png"], "-r.png: no such file"),
     (["--unconditional"], "name an IMAGE to move"),
     (["--emb", "m.pt", "img.png", "second.png", "--unconditional"], "the same video without any of the images"),
     (["--emb", "img.png", "img.png"], "img.png: not a motion-text embedding written by train.py"),
@@ -607,6 +613,21 @@ def test_interrupted_training_keeps_its_steps(work, call, numbers):
     assert line.split()[1:2] == ["python"] and line.endswith(f"train.py {' '.join(LONG)} --out cut.pt --resume")
 
 
+def test_a_command_that_is_printed_can_be_typed(monkeypatch):
+    """Where a name begins with a hyphen, and where the program is not in this folder."""
+    monkeypatch.setattr(sys, "argv", ["../train.py", "--steps", "2", "--", "-a.mp4", "b.mp4"])
+    args = train.parse()
+    assert args.clips == ["./-a.mp4", "b.mp4"]
+    line = train.command(ONE_PROCESS)
+    assert line == "python ../train.py --steps 2 ./-a.mp4 b.mp4"
+    monkeypatch.setattr(sys, "argv", [*line.split()[1:], "--resume"])
+    assert train.parse() == argparse.Namespace(**vars(args) | {"resume": True})
+    jobs = [train.Job([], Run(f"{name}.pt", 1), {}) for name in ("-a", "b")]
+    for job in jobs:
+        job.run.legs, job.run.done = [2], 2
+    assert train.following(args, jobs, ONE_PROCESS) == "python ../sample.py --emb ./-a.pt --emb b.pt img.png"
+
+
 @pytest.mark.full
 def test_a_killed_run_is_resumed_by_its_command(work, call):
     """Killed outright in the middle; the tokens are those of a run never stopped."""
@@ -677,6 +698,10 @@ def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token
     monkeypatch.setattr("minimti.run.animate", too_large)
     code, _, error = call(*args, "--out", "unseen.pt", "--preview", "2")
     assert code == 0 and "train.py: warning: no preview after 2 steps: CUDA out of memory" in error
+    monkeypatch.setattr("minimti.run.animate", lambda *_, **__: torch.zeros(4, 3, 64, 128, dtype=torch.uint8))
+    (work / "full.run" / "preview-00002.mp4").mkdir(parents=True)
+    code, _, error = call(*args, "--out", "full.pt", "--preview", "2")
+    assert code == 0 and "no preview after 2 steps: full.run/preview-00002.mp4: " in error
 
 
 # ----------------------------------------------------------------------------------------------------- several clips
@@ -730,8 +755,9 @@ def test_several_clips_give_an_embedding_each_with_one_model(work, call, clips, 
     embeddings = "--emb each/of/more.pt --emb each/of/up.pt --emb each/of/ref.pt --emb each/of/last.pt"
     assert f"\nnext       python sample.py {embeddings} img.png" in out
     assert learned == ["last.mp4", "more.mp4", "up.mp4", "ref.mp4", "more.mp4", "ref.mp4", "last.mp4", "more.mp4"]
-    assert (work / "each/of/up.pt").read_bytes() == before
+    shutil.rmtree(work / "each/of/up.run")
     assert call(*args, "--resume")[0] == 2  # nothing is left
+    assert (work / "each/of/up.pt").read_bytes() == before
     assert call("train.py", "up.mp4", *options, "each")[0] == 0  # a folder by now
     assert call("train.py", "up.mp4", *options, "fresh/")[0] == 0 and (work / "fresh/up.pt").is_file()
     alone, among = Motion.load(work / "each/up.pt"), Motion.load(work / "each/of/up.pt")
@@ -759,7 +785,8 @@ def test_clips_are_learned_together(work, call, clips):
     assert out.count("note ") == 1 and "up.mp4 is upright, unlike ref.mp4, at whose size it is read" in out
     assert "train.py: warning: up.mp4: only 25% of the picture is used" in error
     motion = Motion.load(work / "both.pt")
-    assert motion.settings["clip"] == "ref.mp4, up.mp4" and motion.size == SMALL.size
+    assert (motion.settings["clip"], motion.settings["together with"]) == ("ref.mp4", "up.mp4")
+    assert motion.size == SMALL.size
     assert Image.open(work / "both.run" / "clip.png").size == (4 * 128, 2 * 64)
     read = [read_clip(name, SMALL, size=SMALL.size) for name in clips]
     shown = read_clip("both.run/preview-00002.mp4", SMALL, size=(256, 64)).frames[..., :128]

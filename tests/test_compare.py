@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
+from minimti import compare
 from minimti.compare import (
     Cell,
     bar,
@@ -116,7 +117,7 @@ def test_the_bars_of_a_padded_clip_are_cut_off(tmp_path):
 
 
 def test_labels_have_more_letters_than_english_has():
-    shown = [bar(letter, 60) for letter in "éèßжΩa"]
+    shown = [bar(letter, 60) for letter in ["é", "è", "ß", "ж", "Ω", "a", "a\nb"]]
     assert all(not torch.equal(a, b) for i, a in enumerate(shown) for b in shown[:i])
 
 
@@ -142,9 +143,28 @@ def test_nobodys_page_is_replaced(tmp_path):
     rows, jobs = [[Cell("a", rising(3), 7)]], [Job(tmp_path / "a.mp4", None, 0, 0, "a")]
     write_comparison(tmp_path, ".mp4", rows)
     check_comparison(jobs)  # its own
+    (tmp_path / "grid.mp4.json").write_text("{}")
+    with pytest.raises(InputError, match="grid.mp4: is there, and not by --compare"):
+        check_comparison(jobs)  # a result by its own command
+    (tmp_path / "grid.mp4.json").unlink()
     (tmp_path / "index.html").write_text("<html>mine</html>")
     with pytest.raises(InputError, match="index.html: is there, and not by --compare"):
         check_comparison(jobs)
+    (tmp_path / "index.html").unlink()
+    with pytest.raises(InputError, match="grid.mp4: is there, and not by --compare"):
+        check_comparison(jobs)
+
+
+def test_a_grid_has_bounds(tmp_path, monkeypatch):
+    """Of its rows and of its memory: a slow clip beside a fast one would have thousands of frames."""
+    jobs = [Job(tmp_path / f"{k}.mp4", k, 0, 0, "a") for k in range(61)]
+    check_comparison(jobs[:60])
+    with pytest.raises(InputError, match="--compare: 61 results are too many for one picture"):
+        check_comparison(jobs)
+    rows = [[Cell("slow", rising(4), 0.01), Cell("fast", rising(4), 7)]]
+    monkeypatch.setattr(compare, "GRID_BYTES", 50 * 3 * (64 + 28) * 2 * 68)
+    whole, fps = grid(rows)
+    assert len(whole) == 50 and fps == pytest.approx(50 / 400)
 
 
 # Collects where the videos stand while they play, and after a step; the page's clock is `time`.

@@ -18,9 +18,10 @@ from minimti.invert import Recipe
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip, read_clip
-from minimti.motion import Motion
+from minimti.io.write import write_clip, write_frames
+from minimti.motion import Motion, how_read
 from minimti.pipeline import learn
-from minimti.run import Run, digest, draw_losses
+from minimti.run import Run, digest, draw_losses, frames_digest, read_learned
 
 ADAM = Recipe("adam", False, False, steps=5, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=2)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
@@ -235,6 +236,53 @@ def test_an_embedding_without_a_run_is_renamed_too(tmp_path):
     assert (tmp_path / "m.run" / "settings.json").exists() and not (tmp_path / "m-1.run").exists()
 
 
+def test_the_second_of_two_processes_that_begin_at_once_is_refused(tmp_path):
+    """Neither finds a run when it starts."""
+    with Run(tmp_path / "m.pt", 2) as first, Run(tmp_path / "m.pt", 2) as second:
+        first.make_way()
+        first.begin({"seed": 0}, WEIGHTS, 1, "python train.py ref.mp4")
+        with pytest.raises(InputError, match="m.run: another process is training there"):
+            second.make_way()
+    assert [path.name for path in tmp_path.iterdir()] == ["m.run"]
+
+
+READINGS = [
+    {},
+    {"start": 0.035},
+    {"end": 1.01},
+    {"sample_fps": 14.0},
+    {"stride": 3, "start": 0.1},
+    {"how": "pad"},
+    {"center": (1.0, 0.25)},
+]
+
+
+@pytest.mark.parametrize("options", READINGS, ids=str)
+@pytest.mark.parametrize("source", ["film.mp4", "walk", "walk/*.png"])
+def test_a_clip_is_read_again_as_training_read_it(tmp_path, monkeypatch, source, options):
+    """Where the folder of the run is gone. Another film of the same name is noticed."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(MINI, size=(32, 32))
+    for k in range(2):
+        shades = torch.randint(0, 256, (40, 3, 6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(k))
+        film = shades.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)  # [F, 3, 48, 64]
+        if source.startswith("walk"):
+            write_frames("walk", film)
+        else:
+            write_clip("film.mp4", film, 30000 / 1001)
+        if k == 0:
+            clip = read_clip(source, config, **options)
+            given = {"start": 0.0, "end": None, "sample_fps": None, "stride": None, "how": "crop", "center": (0.5, 0.5)}
+            facts = {"clip": source, "frames": frames_digest(clip), **how_read(**given | options)}
+            motion = Motion(
+                torch.zeros(1, 1, 48), MINI.num_frames, "mini", MINI.micro, (32, 32), 1, 0, settings=facts, fps=clip.fps
+            )
+            assert torch.equal(read_learned("m.pt", motion, config).frames, clip.frames)
+    with pytest.raises(InputError, match="m.pt: was learned from another clip than "):
+        read_learned("m.pt", motion, config)
+    assert not torch.equal(read_learned("m.pt", motion, config, source).frames, clip.frames)  # it was named
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "m.run").touch()
     with pytest.raises(InputError, match="its run needs a folder called .*m.run; name it otherwise"):
@@ -296,12 +344,14 @@ def test_an_unfinished_run_goes_on_with_the_settings_that_it_was_begun_with(mini
 
 
 @pytest.mark.parametrize("name", ["settings.json", "state.pt", "views.pt"])
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04K\x01."])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"steps": [5], "settings": {"seed": 0}, "weights": {"w": 1}}', b"\x80\x04K\x01."]
+)
 def test_a_damaged_run_is_refused_in_one_line(mini_svd, clip, tmp_path, name, content):
     with begun(tmp_path / "m.pt") as run:
         train(mini_svd, clip, run, stop=1)
     (tmp_path / "m.run" / name).write_bytes(content)
-    with pytest.raises(InputError, match="m.run: its files are damaged; leave --resume out to begin again"):
+    with pytest.raises(InputError, match="m.run: its files are damaged; delete this folder to begin again"):
         with resumed(tmp_path / "m.pt"):
             pass
 
@@ -445,7 +495,7 @@ def test_the_curve_is_called_after_its_run(mini_svd, clip, tmp_path, monkeypatch
 def test_a_curve_has_a_line_where_steps_were_added(tmp_path):
     log = [{"step": step, "loss": 1 / step, "seconds": step} for step in range(1, 9)]
     for name, legs in (("one", [8]), ("two", [4, 4])):
-        draw_losses(tmp_path / name, log, legs, "m.run")
+        draw_losses(tmp_path / name, log, legs, "$m_$1\udcff.run")  # any name
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
 
 

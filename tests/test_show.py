@@ -89,6 +89,8 @@ def test_the_record_beside_a_video_serves_where_its_metadata_are_lost(call):
         ("a.json", b"{}", "a.json: is no record of a result that sample.py made"),
         ("a.json", b"[" * 100_000, "a.json: is no record of a result that sample.py made"),
         ("a.json", b'{"made from": 1, "about": {}}', "a.json: is no record of a result"),
+        (".", None, ".: is no result of sample.py"),
+        ("", None, "argument FILE: a name is empty"),
     ],
 )
 def test_any_other_file_is_one_line(call, name, content, message):

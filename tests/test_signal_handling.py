@@ -106,5 +106,14 @@ def test_a_signal_after_the_end_changes_neither_exit_code_nor_output(number):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.parametrize("program", ["evaluate", "pretrain", "bench"])
+def test_a_signal_during_the_first_import_is_one_line(tmp_path, program):
+    """A stand-in for PyTorch sends it."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    command = [sys.executable, "-m", f"minimti.{program}"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"{program}: error: interrupted\n")
+
+
 def test_all_signals_that_stop_a_program_are_known():
     assert signals.STOPS == STOPS

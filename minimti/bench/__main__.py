@@ -5,6 +5,12 @@ both by turns. On a CPU, which would need hours for those: the full-size UNet on
 the official size, which follow from shapes alone. Every result is written to --json as soon as it is there.
 """
 
+if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
+    from minimti import signals
+
+    signals.install(signals.end)
+
+
 import platform
 import shlex
 import sys

@@ -3,6 +3,12 @@
 Seeds 0 to 4 are for whatever is tuned. Seeds 21 to 25 are for reports: nothing is decided by what they show.
 """
 
+if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
+    from minimti import signals
+
+    signals.install(signals.end)
+
+
 import argparse
 from contextlib import closing
 from dataclasses import asdict

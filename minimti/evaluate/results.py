@@ -43,7 +43,7 @@ class Results:
             for found in (found for experiments in seeds.values() for found in experiments.values()):
                 for values in (part["values"] for row in found["rows"].values() for part in row.values()):
                     [float(value) for clips in values.values() for value in clips if value is not None]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise InputError(f"{path}: was not written by minimti.evaluate; name another file") from error
         mine = self.content["settings"]
         other = [f"{key} {settings.get(key)}, not {value}" for key, value in mine.items() if settings.get(key) != value]

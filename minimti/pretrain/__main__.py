@@ -1,5 +1,11 @@
 """Pre-trains the embedded model on the procedural world:  python -m minimti.pretrain"""
 
+if __name__ == "__main__":  # before anything else is imported: from here on a signal ends the program with one line
+    from minimti import signals
+
+    signals.install(signals.end)
+
+
 import argparse
 from dataclasses import replace
 from pathlib import Path
