@@ -20,7 +20,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from official import SMALL, write_official
+from official import SMALL as SMALL_SVD
+from official import write_official
 from PIL import Image
 
 import minimti
@@ -39,6 +40,9 @@ from minimti.ranks import ALONE as ONE_PROCESS
 from minimti.ranks import Ranks
 from minimti.run import Run
 
+SMALL = replace(  # all levels of SVD, so that sizes are as of SVD; it is loaded a hundred times
+    SMALL_SVD, unet=replace(SMALL_SVD.unet, num_res_blocks=1), vae=replace(SMALL_SVD.vae, num_res_blocks=1)
+)
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
 
@@ -47,7 +51,7 @@ REAL = ROOT.parent / "shared" / "real"
 def work(tmp_path_factory) -> Path:
     """A folder with weights, a reference, a target, and an embedding of few steps."""
     work = tmp_path_factory.mktemp("work")
-    write_official(work / "small.safetensors")
+    write_official(work / "small.safetensors", SMALL)
     write_official(work / "other.safetensors", replace(SMALL, name="other"))
     y, x = torch.meshgrid(torch.linspace(-1, 1, 72), torch.linspace(-1, 1, 128), indexing="ij")
     frames = [torch.stack([(x - t).sin(), (y + t).cos(), x * y]) for t in torch.linspace(0, 3, 20)]
@@ -68,10 +72,12 @@ def run(folder: Path, program: str, *args: str) -> subprocess.CompletedProcess:
 def call(work, monkeypatch, capfd):
     """The same without a process of its own, which would spend seconds on imports: -> exit code, stdout, stderr.
 
-    Without the score at the end of training, two samples that test_score.py is for.
+    Without the score at the end of training, two samples that test_score.py is for, and without the curve, which takes
+    longer than the steps.
     """
     monkeypatch.chdir(work)
     monkeypatch.setattr("minimti.score.describe", lambda *_: "score")
+    monkeypatch.setattr("minimti.run.draw_losses", lambda path, *_: path.touch())
 
     def call(program: str, *args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [program, *args])

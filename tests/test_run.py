@@ -28,6 +28,17 @@ MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr
 CPU, WEIGHTS = torch.device("cpu"), {"w": [0.5, -1.0]}
 
 
+@pytest.fixture
+def drawn():
+    """For a test of the curve, which is not drawn otherwise: it takes longer than the steps."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("minimti.run.draw_losses", lambda path, *_: path.touch())
+
+
 @pytest.fixture(scope="module")
 def clip() -> Clip:
     frames = torch.rand(4, 3, MINI.size[1], MINI.size[0], generator=torch.Generator().manual_seed(7)) * 2 - 1
@@ -468,7 +479,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_is_named(mini_svd, clip, u
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def test_the_pictures_show_the_clip_and_the_losses(mini_svd, clip, tmp_path):
+def test_the_pictures_show_the_clip_and_the_losses(mini_svd, clip, tmp_path, drawn):
     with begun(tmp_path / "m.pt") as run:
         run.show_clips([clip])
         train(mini_svd, clip, run)
@@ -483,7 +494,7 @@ def test_the_pictures_show_the_clip_and_the_losses(mini_svd, clip, tmp_path):
     assert Image.open(tmp_path / "n.run" / "clip.png").size == (2 * 256, 3 * 128)
 
 
-def test_the_curve_is_called_after_its_run(mini_svd, clip, tmp_path, monkeypatch):
+def test_the_curve_is_called_after_its_run(mini_svd, clip, tmp_path, drawn, monkeypatch):
     titles = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: titles.append(figure.axes[0]))
     monkeypatch.setattr("minimti.io.files._permit", lambda part: part.touch())
