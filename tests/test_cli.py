@@ -685,6 +685,18 @@ def test_steps_that_were_added_are_in_the_command_of_the_embedding(work, call):
     assert settings["minimti"] == minimti.__version__
 
 
+def test_a_run_of_version_0_4_0_keeps_its_cropped_views(work, call, monkeypatch):
+    """Its settings do not name them; the recipe has none by now."""
+    args = ("train.py", "ref.mp4", *SMALL_FILE, "--recipe", "muon", "--cache", "0", "--out", "old.pt", "--steps")
+    assert call(*args, "1")[0] == 0
+    path, crops, view = work / "old.run" / "settings.json", [], pipeline.view
+    found = json.loads(path.read_text())
+    assert found["settings"].pop("crop") is False
+    path.write_text(json.dumps(found))
+    monkeypatch.setattr(pipeline, "view", lambda *args: crops.append(args[4]) or view(*args))
+    assert call(*args, "2", "--resume")[0] == 0 and crops == [True]
+
+
 def test_a_preview_shows_the_clip_beside_its_reconstruction_and_changes_no_token(work, call, monkeypatch):
     args = ("train.py", "ref.mp4", *SMALL_FILE, "--steps", "3", "--cache", "2")
     assert call(*args, "--out", "plain.pt")[0] == 0

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import sample
-from minimti import attention_maps, cli, edm, pipeline
+from minimti import attention_maps, cli, edm, pipeline, results
 from minimti.config import MODELS
 from minimti.io.image import read_image
 from minimti.io.pixels import to_uint8
@@ -252,6 +252,12 @@ def test_what_does_not_go_together_is_refused_before_the_work(folder, made, call
     Path("site/index.html").write_text("<html>my own page</html>")
     code, _, error = call(*args)
     assert code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_a_folder_of_frames_has_no_name_of_a_video():
+    for name in ("walk.mp4", "walk.GIF"):
+        (job,) = results.plan([name], ["a.png"], [0], ".", "png", learned=True)
+        assert job.path.name == f"a_{name.replace('.', '_')}" and job.suffix == ""
 
 
 def test_a_comparison_has_the_clip_before_the_results_of_each_motion(folder, made, call):

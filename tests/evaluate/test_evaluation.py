@@ -12,6 +12,7 @@ from minimti import pipeline
 from minimti.checkpoint.find import WEIGHTS
 from minimti.evaluate import evaluation
 from minimti.evaluate.evaluation import Case, Evaluation, Settings
+from minimti.invert import make_recipe
 from minimti.motion import zero_start
 from minimti.world import captions
 from minimti.world.clips import first_frame, pixels
@@ -163,9 +164,11 @@ def test_snapshots_are_the_embeddings_after_their_steps(small):
     assert torch.equal(start.tokens, zero_start(*start.tokens.shape, generator))
 
 
-def test_the_papers_recipe_keeps_its_ratio_of_steps(small):
-    assert small.inversion().recipe.steps == 2 and small.inversion("paper").recipe.steps == 4
-    assert small.inversion("paper").recipe.optimizer == "adam"
+def test_a_recipe_is_that_of_training_but_for_the_steps(small):
+    """The paper's keeps its ratio to the model's own."""
+    for name, steps in (("muon", 2), ("paper", 4)):
+        assert small.inversion(name).recipe == replace(make_recipe(small.config, name), steps=steps)
+    assert small.inversion() == small.inversion("muon")
 
 
 def first_case(small: Evaluation) -> Case:
