@@ -52,9 +52,9 @@ class Cell:
 
 
 def check_comparison(jobs: Sequence[Job], *inputs: str) -> None:
-    """Raises InputError where grid or page would take the place of anything but an earlier comparison.
+    """Raises InputError where the grid or the page would replace anything but those of an earlier comparison.
 
-    And where a grid would have more rows than MAX_LINES.
+    Also where the grid would have more than MAX_LINES rows.
     """
     folder, suffix = jobs[0].path.parent, jobs[0].suffix
     path, page = folder / f"grid{suffix}", folder / "index.html"

@@ -8,9 +8,11 @@ import re
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -233,14 +235,15 @@ def how_read(
     center: tuple[float, float],
 ) -> dict[str, str]:
     """Options of `read_clip` as entries of the settings, from which `Motion.reading` has them again."""
-    sampling = f"from {start:.9f} s"
+    written = partial(np.format_float_positional, precision=9, trim="0")  # 0.5, 29.97
+    sampling = f"from {written(start)} s"
     if end is not None:
-        sampling += f" to {end:.9f} s"
+        sampling += f" to {written(end)} s"
     elif sample_fps is not None:
-        sampling += f" at {sample_fps:.9f} fps"
+        sampling += f" at {written(sample_fps)} fps"
     elif stride is not None:
         sampling += f" every {stride}"
-    return {"sampling": sampling, "fit": f"{how} at {center[0]:.9f} {center[1]:.9f}"}
+    return {"sampling": sampling, "fit": f"{how} at {written(center[0])} {written(center[1])}"}
 
 
 # ---------------------------------------------------------------------------------------------- reading files
