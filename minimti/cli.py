@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minimti import __version__, signals
 from minimti.config import DTYPES, FITS, MEMORY_MODES, MODELS, printable
-from minimti.io.files import InputError
+from minimti.io.files import DiskFull, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -335,7 +335,7 @@ def _exit_code(main: Callable[[], None]) -> int:
             main()
     except InputError as error:
         _print_line("error", str(error))
-        return 2
+        return 1 if isinstance(error, DiskFull) else 2
     except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
         out_of_memory = _is_out_of_memory(error)
         if isinstance(error, RuntimeError) and not out_of_memory:

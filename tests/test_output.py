@@ -14,7 +14,7 @@ import torch
 import sample
 from minimti import cli
 from minimti.budget import Budget
-from minimti.io.files import InputError
+from minimti.io.files import DiskFull, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 # A program that reports each of its results when it has written it.
@@ -187,6 +187,17 @@ def test_memory_that_runs_out_at_work_is_one_line(tmp_path, memory, advice):
     line = done.stderr.decode().splitlines()[-1]
     assert line.startswith(f"sample.py: error: out of memory: try {advice} (")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, code", [(InputError("x"), 2), (DiskFull("x"), 1), (OSError("x"), 1)], ids=repr)
+def test_what_is_no_fault_of_the_input_exits_with_1(monkeypatch, capsys, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail)
+    assert stop.value.code == code and capsys.readouterr().err == "sample.py: error: x\n"
 
 
 def test_another_fault_keeps_its_traceback():

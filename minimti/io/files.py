@@ -18,6 +18,10 @@ class InputError(Exception):
     """The user's input cannot be used. The message is one line: what is wrong and what to do."""
 
 
+class DiskFull(InputError):
+    """There is no room for a file. The input is not at fault."""
+
+
 def require_file(path: str | Path) -> Path:
     """The path of an existing file. Raises InputError where there is none, or it cannot be opened for reading."""
     path = Path(path)
@@ -146,8 +150,9 @@ def _failure(folder: Path) -> OSError | None:
 
 def _unwritable(path: str | Path, error: Exception) -> InputError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    advice = "; make room there, or name a file on another disk" if full else ""
-    return InputError(f"{path}: cannot be written ({reason(error)}){advice}")
+    if full:
+        return DiskFull(f"{path}: cannot be written ({reason(error)}); make room there, or name a file on another disk")
+    return InputError(f"{path}: cannot be written ({reason(error)})")
 
 
 def reason(error: Exception) -> str:

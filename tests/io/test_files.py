@@ -14,6 +14,7 @@ from disks import files_of_at_most
 
 from minimti.io import files
 from minimti.io.files import (
+    DiskFull,
     InputError,
     atomic_write,
     check_folder,
@@ -223,11 +224,13 @@ def test_a_disk_without_room_is_named_whatever_a_library_raises(tmp_path, error)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
 def test_a_fault_of_the_disk_at_the_end_is_named(tmp_path, monkeypatch, call, number):
     (tmp_path / "a.bin").write_text("old")
-    with pytest.raises(InputError, match=rf"a.bin: cannot be written \({os.strerror(number)}\)"):
+    kind = DiskFull if number == errno.ENOSPC else InputError
+    with pytest.raises(kind, match=rf"a.bin: cannot be written \({os.strerror(number)}\)") as raised:
         with atomic_write(tmp_path / "a.bin") as part:
             part.write_text("new")
             monkeypatch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
     monkeypatch.undo()
+    assert raised.type == kind
     assert (tmp_path / "a.bin").read_text() == "old" and names(tmp_path) == {"a.bin"}
 
 
