@@ -23,7 +23,7 @@ import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minimti import cli, threads
 from minimti.io.files import InputError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minimti import Motion, Progress
+    from minimti.config import SVDConfig
     from minimti.svd import SVD
 
 # By model, two limits of the figure "motion": from the first on expect a transfer, below the second do not.
@@ -139,6 +140,17 @@ def describe_result(svd: "SVD", video: "Tensor", clip: "Tensor") -> str:
     return f"rhythm {rhythm(latents, wanted):.2f} (the clip 1), appearance {constant[0]:.2f} ({constant[1]:.2f})"
 
 
+def read_result(path: str, config: "SVDConfig", motion: "Motion") -> "Tensor":
+    """A result of sample.py, [F, 3, H, W] in [-1,1] at the size of `config`. Raises InputError where it is none."""
+    from minimti import read_clip
+
+    options: dict[str, Any] = {"stride": 1}
+    if path.lower().endswith(".gif"):  # frames that are alike are one there, and times are rounded
+        fps = motion.fps or motion.micro.fps_id + 1
+        options = {"sample_fps": fps, "start": 0.2 / fps}
+    return read_clip(path, config, num_frames=motion.num_frames, **options).frames
+
+
 def agreement(video: "Tensor", clip: "Tensor") -> float:
     """The cosine between the differences of all pairs of frames in two videos, given as latents [F, z, h, w].
 
@@ -188,7 +200,7 @@ def main() -> None:
     """Prints the score. Raises InputError where an input is unusable."""
     args = parse()
 
-    from minimti import Motion, read_clip
+    from minimti import Motion
     from minimti.run import read_learned
 
     motion = Motion.load(args.emb)
@@ -204,7 +216,7 @@ def main() -> None:
     with warnings.catch_warnings():
         # A result of another shape is measured in its middle; there is no option for another part.
         warnings.filterwarnings("ignore", message=".* of the picture is used")
-        results = [read_clip(path, like, num_frames=motion.num_frames, stride=1).frames for path in args.results]
+        results = [read_result(path, like, motion) for path in args.results]
 
     checkpoint = cli.find_model(args, model)
     svd = cli.load_model(args, checkpoint, device)

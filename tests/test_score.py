@@ -12,7 +12,7 @@ from official import MINI, SMALL, write_official
 import train
 from minimti import animate, cli, learn, load, pipeline, read_clip, score
 from minimti.io.pixels import from_uint8
-from minimti.io.write import write_clip, write_frames
+from minimti.io.write import write_clip, write_frames, write_gif
 from minimti.motion import Motion
 from minimti.score import Figures, Score, agreement, constancy, measure, rhythm
 
@@ -237,6 +237,18 @@ def test_results_have_a_rhythm_and_a_constancy_beside_those_of_the_clip(call, mi
         f" ({constant['clip']:.2f})"
     )
     assert "no figure tells" in note and "--compare" in note
+
+
+def test_a_gif_with_frames_at_rest_is_the_same_result(call):
+    """It holds frames that are alike only once."""
+    rests = moving()[[0, 0, 1, 1]]
+    write_gif("rests.gif", rests, 7)
+    write_frames("rests", rests)
+    code, out, error = call(score, "m.pt", *MODEL, "rests.gif", "rests")
+    assert code == 0, error
+    gif, folder = (line.partition(": ")[2] for line in out.splitlines()[-3:-1])
+    numbers = [[float(number) for number in re.findall(r"\d\.\d\d", text)] for text in (gif, folder)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.03)  # 256 colours
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ MAX_PIXELS = 50_000_000  # bound of a frame; 8K has 33 million. A decoder keeps 
 LIMIT = f"{MAX_PIXELS // 10**6} megapixels a frame"
 MAX_PIPE_BYTES = 4 * 2**30  # a pipe is first copied to a temporary file
 STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
+HELD = ("gif", "apng")  # containers in which every frame says how long it is shown
 UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw streams give no times at all
 # Titles and the like need not be UTF-8; from PyAV 19 on that is no error.
 UNDECODABLE_TEXTS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
@@ -53,6 +54,7 @@ class VideoFile:
     def __init__(self, path: Path):
         self.path = path
         self.damaged = 0  # packets that could not be decoded, of the last pass
+        self.held = 0.0
         self._file = _seekable(path)
         try:
             self._read_first_frame()
@@ -216,6 +218,8 @@ class VideoFile:
                     shift += following - time
                     time = following
                 previous = time if previous is None else max(previous, time)
+                if container.format.name in HELD:
+                    self.held = float((frame.duration or 0) * base)
                 yield previous, frame
 
 

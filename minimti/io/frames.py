@@ -22,6 +22,7 @@ class Source(Protocol):
     pixel_aspect: float  # width of a pixel over its height
     rate: float  # pictures per second, as far as it is given
     tolerance: float  # seconds by which a rounded time may be too late
+    held: float  # seconds for which the last picture of the last pass is shown, where the file says so; else 0
     duration: float | None  # seconds, where it is given
 
     def frames(self, start: float) -> Generator[tuple[float, Any], None, None]:
@@ -75,7 +76,8 @@ class Taken:
     times: list[float]  # wanted, or with a stride the frames' own
     rate: float | None  # frames per second in the file, from the first one that was taken to the last
     last: float  # time of the last frame that was read
-    end: float  # where the file ends, if that was reached, else infinite
+    until: float  # time of its last sample: that of the last frame, or later where it is held
+    end: float  # where the file ends, one frame later, if that was reached, else infinite
 
 
 def choose(path: Path, source: Source, choice: Choice, fitted: Callable[[Any], Tensor]) -> tuple[Taken, list[str]]:
@@ -97,9 +99,9 @@ def choose(path: Path, source: Source, choice: Choice, fitted: Callable[[Any], T
         raise InputError(f"{path}: {need}, but the file at {taken.end:.2f} s; raise --sample-fps or lower --frames")
     if taken.last <= choice.start:
         raise InputError(f"{path}: only one frame is there from {choice.start:g} s on; a clip needs at least two")
-    fps = (choice.num_frames - 1) / (taken.last - choice.start)
+    fps = (choice.num_frames - 1) / (taken.until - choice.start)
     note = f"{need}, but the file at {taken.end:.2f} s: spread over its whole length, at {fps:.3g} fps"
-    return _taken(source, choice.spread(taken.last), fitted), [note]
+    return _taken(source, choice.spread(taken.until), fitted), [note]
 
 
 class _Frames:
@@ -143,7 +145,8 @@ def _taken(source: Source, times: list[float], fitted: Callable[[Any], Tensor]) 
         take()
     (first_number, first), (last_number, final) = own[0], own[-1]
     rate = (last_number - first_number) / (final - first) if final > first else None
-    return Taken(frames.all, times, rate, last, last + gap if ended else math.inf)
+    until = last + max(0.0, source.held - gap)
+    return Taken(frames.all, times, rate, last, until, until + gap if ended else math.inf)
 
 
 def _strided(
@@ -164,7 +167,7 @@ def _strided(
             f" but only {available} are there; start earlier, or lower --stride or --frames"
         )
     rate = (needed - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
-    return Taken(frames.all, times, rate, times[-1], math.inf)
+    return Taken(frames.all, times, rate, times[-1], times[-1], math.inf)
 
 
 def _from_shown(timed: Iterator[tuple[float, Any]], start: float) -> Iterator[tuple[float, Any]]:

@@ -23,6 +23,7 @@ class Pictures:
 
     pixel_aspect = 1.0
     tolerance = SAME_TIME
+    held = 0.0
 
     def __init__(self, paths: list[Path], rate: float):
         self.paths, self.rate = paths, rate
@@ -51,6 +52,7 @@ class AnimatedWebP:
 
     pixel_aspect = 1.0
     tolerance = SAME_TIME
+    held = 0.0
 
     def __init__(self, path: Path):
         self.path = path
@@ -73,8 +75,9 @@ class AnimatedWebP:
                 for index in range(getattr(image, "n_frames", 1)):
                     image.seek(index)
                     image.load()
+                    self.held = (image.info.get("duration") or 100) / 1000
                     yield time, image.convert("RGBA")
-                    time += (image.info.get("duration") or 100) / 1000
+                    time += self.held
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: cannot be read as an animated WebP ({error}); convert it to mp4") from error
 

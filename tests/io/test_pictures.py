@@ -98,6 +98,19 @@ def test_the_times_of_an_animated_webp_are_its_own(tmp_path):
     assert shown(clip.frames, 4) == [0, 1, 1, 1, 3] and clip.source_size == (96, 64)
 
 
+@pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.apng"])
+def test_a_last_frame_that_is_held_counts(tmp_path, name):
+    """Frames at 0, 0.1, 0.2 and 0.3 s, the last one until 1.2 s."""
+    frames = [Image.new("RGB", (64, 64), (60 * k, 0, 0)) for k in range(4)]
+    form = {"save_all": True, "lossless": True} | ({"format": "PNG"} if name == "a.apng" else {})
+    frames[0].save(tmp_path / name, append_images=frames[1:], duration=[100, 100, 100, 900], **form)
+    clip = video.read_clip(tmp_path / name, TINY, num_frames=12)
+    assert clip.times[-1] == pytest.approx(1.1) and clip.duration == pytest.approx(1.2)
+    assert "whole length" in clip.notes[0]
+    shades = ((clip.frames[:, 0, 0, 0] + 1) * 127.5 / 60).round().tolist()
+    assert shades == [0, 1, 2] + [3] * 9
+
+
 def test_a_damaged_webp_is_refused(tmp_path):
     animation(tmp_path / "a.webp", [100] * 4)
     content = (tmp_path / "a.webp").read_bytes()
