@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minimti.motion import Motion
     from minimti.pipeline import Progress, animate, learn, load
 
-__version__ = "0.5.0"
+__version__ = "0.5.1"
 
 _HOMES = {
     "Clip": "io.video",
