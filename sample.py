@@ -104,18 +104,19 @@ def parse() -> argparse.Namespace:
 
 
 def find_images(names: list[str], out: str) -> list[str]:
-    """The files that the names stand for, each once: files, the pictures of folders and of patterns.
+    """The files that the names stand for, each once: files, and the pictures of folders and patterns.
 
-    Raises InputError where a folder or pattern has none, or the results would go among the pictures of a folder.
+    Pictures of --attention are left out of these. Raises InputError where a folder or pattern has none, or the results would go among the pictures of a folder.
     """
     from minimti.io.pictures import find_pictures
+    from minimti.results import is_attention
 
     found: list[str] = []
     for name in names:
         if os.path.isdir(name) and os.path.isdir(out) and os.path.samefile(name, out):
             raise InputError(f"{name}: the results would go among the images; name another folder as --out")
         pictures = find_pictures(Path(name))
-        found += [name] if pictures is None else map(str, pictures)
+        found += [name] if pictures is None else (str(path) for path in pictures if not is_attention(path))
     return list(dict.fromkeys(found))
 
 

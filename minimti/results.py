@@ -143,6 +143,13 @@ def has_attention(job: Job) -> bool:
         return False
 
 
+def is_attention(picture: Path) -> bool:
+    """Whether a picture is the one of --attention for a result whose record is beside it."""
+    result = picture.stem.removesuffix("_attention")
+    beside = (record_of(picture.with_name(result + suffix)) for suffix in SUFFIXES.values())
+    return result != picture.stem and any(record.is_file() for record in beside)
+
+
 def remove_attention(job: Job) -> None:
     """Removes the picture of attention that the record of a job names, if it is unchanged."""
     if has_attention(job):

@@ -254,6 +254,16 @@ def test_what_does_not_go_together_is_refused_before_the_work(folder, made, call
     assert code == 2 and error.count("\n") == 1 and message in error
 
 
+def test_pictures_of_attention_are_no_images_of_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a_m_attention.png", "b_m_attention.png", "c_attention.png"):
+        Image.new("RGB", (64, 64)).save(name)
+    for name in ("a_m.mp4.json", "b_m.json"):  # of a video, and of a folder of frames
+        Path(name).write_text("{}")
+    assert sample.find_images(["*.png"], "out") == ["a.png", "c_attention.png"]
+    assert sample.find_images(["a_m_attention.png"], "out") == ["a_m_attention.png"]
+
+
 def test_a_folder_of_frames_has_no_name_of_a_video():
     for name in ("walk.mp4", "walk.GIF"):
         (job,) = results.plan([name], ["a.png"], [0], ".", "png", learned=True)
