@@ -106,7 +106,8 @@ def parse() -> argparse.Namespace:
 def find_images(names: list[str], out: str) -> list[str]:
     """The files that the names stand for, each once: files, and the pictures of folders and patterns.
 
-    Pictures of --attention are left out of these. Raises InputError where a folder or pattern has none, or the results would go among the pictures of a folder.
+    Pictures of --attention are left out of these. Raises InputError where a folder or pattern has no pictures, or the
+    results would go among those of a folder.
     """
     from minimti.io.pictures import find_pictures
     from minimti.results import is_attention
