@@ -178,11 +178,12 @@ def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "
         print(f"reference  {cli.printable(clip.source)}: {len(clip.times)} frames, {sizes}")
         print(f"           {clip.about()}")
         for note in clip.notes:
-            print(f"note       {note}")
+            print(f"note       {cli.printable(note)}")
         upright, first_upright = (size[0] < size[1] for size in (clip.source_size, clips[0].source_size))
         if upright != first_upright and not args.size:
             as_it_is = "upright" if upright else "lying"
-            print(f"note       {clip.source} is {as_it_is}, unlike {clips[0].source}, at whose size it is read")
+            note = f"{clip.source} is {as_it_is}, unlike {clips[0].source}, at whose size it is read"
+            print(f"note       {cli.printable(note)}")
     return clips
 
 
@@ -290,7 +291,7 @@ def unfinished(args: argparse.Namespace, jobs: list[Job], device: "torch.device"
     if not left:
         raise finished[0]
     for error in finished:
-        print(f"kept       {error}")
+        print(f"kept       {cli.printable(error)}")
     return left
 
 
@@ -308,7 +309,7 @@ def begin(args: argparse.Namespace, svd: "SVD", job: Job, ranks: "Ranks") -> "tu
         weights = fingerprint(svd.unet)
         if resumed:
             for note in run.resume(state, weights):
-                print(note)
+                print(cli.printable(note))
         else:
             run.begin(job.settings, weights, recipe.steps, command(ranks))
         run.show_clips(job.clips)
@@ -445,7 +446,7 @@ def main() -> None:
         for job in left if ranks.is_first else []:  # all at once: --resume must not find the runs of an earlier command
             if not (args.resume and job.run.is_begun):
                 for note in job.run.make_way():
-                    print(note)
+                    print(cli.printable(note))
         failed = []
         try:
             for number, job in enumerate(left, start=1):

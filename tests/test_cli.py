@@ -685,6 +685,16 @@ def test_steps_that_were_added_are_in_the_command_of_the_embedding(work, call):
     assert settings["minimti"] == minimti.__version__
 
 
+def test_names_move_no_cursor(work, call):
+    """But in the command to be typed next, which has them as they are."""
+    (work / "a\x1b[31m\nb.mp4").write_bytes((work / "ref.mp4").read_bytes())
+    args = ("train.py", "a\x1b[31m\nb.mp4", *SMALL_FILE, "--steps", "0", "--cache", "1", "--out", "odd\x1b.pt")
+    for _ in range(2):
+        code, out, error = call(*args)
+        assert code == 0 and "\x1b" not in error + out.partition("\nnext ")[0]
+    assert "renamed    odd\\x1b.pt" in out and "reference  a\\x1b[31m\\nb.mp4" in out
+
+
 def test_a_run_of_version_0_4_0_keeps_its_cropped_views(work, call, monkeypatch):
     """Its settings do not name them; the recipe has none by now."""
     args = ("train.py", "ref.mp4", *SMALL_FILE, "--recipe", "muon", "--cache", "0", "--out", "old.pt", "--steps")
