@@ -63,10 +63,9 @@ def check_comparison(jobs: Sequence[Job], *inputs: str) -> None:
     (check_target if suffix else check_frames)(path, *inputs)
     check_target(page, *inputs)
     ours = page.is_file() and MARK in page.read_text(errors="replace")[:1000]
-    if page.is_file() and not ours:
-        raise InputError(f"{page}: is there, and not by --compare; name another folder as --out")
-    if path.exists() and not (ours and not record_of(path).exists()):
-        raise InputError(f"{path}: is there, and not by --compare; name another folder as --out")
+    for file, is_ours in ((page, ours), (path, ours and not record_of(path).exists())):
+        if file.exists() and not is_ours:
+            raise InputError(f"{file}: is there, and not by --compare; name another folder as --out")
     lines = sum(-(-(count + 1) // COLUMNS) for count in Counter(job.motion for job in jobs).values())  # with the clips
     if lines > MAX_LINES:
         raise InputError(f"--compare: {len(jobs)} results are too many for one picture; compare fewer at a time")

@@ -18,7 +18,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -398,14 +398,18 @@ def _is_there(source: str) -> bool:
 
 def frames_digest(clip: Clip) -> str:
     """A name for the frames of a clip, in eight bits as a run keeps them."""
-    return hashlib.sha256(to_uint8(clip.frames).contiguous().numpy().tobytes()).hexdigest()[:16]
+    return _digest([to_uint8(clip.frames)])
 
 
 def digest(clips: Sequence[Clip]) -> str:
     """A name for the contents of clips in their order."""
+    return _digest(clip.frames for clip in clips)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
-    for clip in clips:
-        found.update(clip.frames.numpy().tobytes())
+    for tensor in tensors:
+        found.update(tensor.numpy().tobytes())
     return found.hexdigest()[:16]
 
 

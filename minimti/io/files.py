@@ -55,7 +55,7 @@ def check_target(path: str | Path, *inputs: str | Path) -> Path:
         if any(_overwrites(path, Path(other)) for other in inputs if str(other)):
             raise InputError(f"{path}: is an input; name another file for the output")
     except (OSError, ValueError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return path
 
 
@@ -69,7 +69,7 @@ def check_writable(path: str | Path, *inputs: str | Path) -> Path:
         with signals.held():
             _private_folder(path).rmdir()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return path
 
 
@@ -98,7 +98,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         except Exception as error:
             # Libraries have their own exceptions for a full disk; torch.save raises a RuntimeError.
             if cause := error if isinstance(error, OSError) and error.errno else folder and _failure(folder):
-                raise _unwritable(path, cause) from error
+                raise unwritable(path, cause) from error
             raise
         finally:
             if folder:
@@ -148,11 +148,11 @@ def _failure(folder: Path) -> OSError | None:
     return None
 
 
-def _unwritable(path: str | Path, error: Exception) -> InputError:
+def unwritable(path: str | Path, error: Exception) -> InputError:
+    """What to raise where an error kept a file or folder from being written."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full:
-        return DiskFull(f"{path}: cannot be written ({reason(error)}); make room there, or name a file on another disk")
-    return InputError(f"{path}: cannot be written ({reason(error)})")
+    kind, advice = (DiskFull, "; make room there, or name a file on another disk") if full else (InputError, "")
+    return kind(f"{path}: cannot be written ({reason(error)}){advice}")
 
 
 def reason(error: Exception) -> str:

@@ -112,10 +112,13 @@ def find_pictures(path: Path) -> list[Path] | None:
     """
     if os.path.isdir(path):  # unlike Path.is_dir it takes any name, one that is too long too
         try:
-            found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+            found = [
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+            ]
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from error
-        found = [file for file in found if not file.name.startswith(".")]
         if not found:
             raise InputError(f"{path}: is a folder without pictures ({', '.join(SUFFIXES)})")
     elif glob.has_magic(str(path)) and not os.path.exists(path):

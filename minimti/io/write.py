@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from minimti import signals
-from minimti.io.files import InputError, atomic_write, reason, sync
+from minimti.io.files import InputError, atomic_write, reason, sync, unwritable
 from minimti.io.pixels import strip
 
 LEAST_SIDE = 256  # pixels of the longer side; players show smaller videos as stamps, or blur them
@@ -91,7 +91,7 @@ def write_frames(folder: str | Path, video: Tensor) -> None:
         except OSError as error:
             if old:
                 os.rename(old, folder)
-            raise InputError(f"{folder}: cannot be written ({reason(error)})") from error
+            raise unwritable(folder, error) from error
         finally:
             if private:
                 shutil.rmtree(private, ignore_errors=True)

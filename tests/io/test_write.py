@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from minimti.config import MODELS
 from minimti.io import video, write
-from minimti.io.files import InputError, atomic_write
+from minimti.io.files import DiskFull, InputError, atomic_write
 
 NOISE = torch.randint(0, 256, (8, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -169,7 +169,7 @@ def test_frames_replace_nothing_else(tmp_path):
 
 def test_frames_appear_whole_or_not_at_all(tmp_path):
     write.write_frames(tmp_path / "a", NOISE[:2])
-    with files_of_at_most(1000), pytest.raises(InputError, match="a: cannot be written"):
+    with files_of_at_most(1000), pytest.raises(DiskFull, match="a: cannot be written .*; make room there"):
         write.write_frames(tmp_path / "a", NOISE)
     assert os.listdir(tmp_path) == ["a"] and len(os.listdir(tmp_path / "a")) == 2
 
