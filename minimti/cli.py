@@ -305,7 +305,7 @@ def _screen() -> dict[str, int]:
 def peak_memory() -> int | None:
     """The most memory in bytes that this process has held so far: on the GPU where it has used one, else its own.
 
-    None where the system does not tell (Windows).
+    On a GPU since a step was recorded, if one was (networks/graph.py). None where the system does not tell (Windows).
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -75,7 +75,7 @@ def test_the_embedded_model_fits_its_estimate():
 
 
 def test_the_fastest_mode_that_fits_is_taken():
-    assert [choose(gib).memory for gib in (79, 40, 20, 9.7)] == ["max", "fast", "balanced", "low"]
+    assert [choose(gib).memory for gib in (79, 40, 20, 7.2)] == ["max", "fast", "balanced", "low"]
     assert [choose(gib, training=False).memory for gib in (79, 20, 7)] == ["max", "fast", "balanced"]
     assert choose(None).memory == "balanced"
     needs = [choose(1000, memory=memory).needed for memory in MEMORY_MODES]
@@ -83,8 +83,8 @@ def test_the_fastest_mode_that_fits_is_taken():
 
 
 def test_the_modes_need_at_least_what_an_h100_reserved():
-    """GiB of a training step, recorded as a graph (bench/results/)."""
-    for memory, reserved in {"max": 39.90, "fast": 27.03, "balanced": 13.64, "low": 9.49}.items():
+    """GiB of a training step, recorded as a graph (bench/results/); "low" has changed since it was measured."""
+    for memory, reserved in {"max": 39.90, "fast": 27.03, "balanced": 13.64}.items():
         assert reserved * GIB < choose(1000, memory=memory).needed < 1.15 * reserved * GIB
 
 
@@ -93,11 +93,11 @@ def test_too_little_memory_is_an_error_before_any_work():
     with pytest.raises(InputError, match=need + "a smaller model, or --memory low to try it"):
         choose(4)
     with pytest.raises(InputError, match=need + r"--size \d+x\d+, or --memory low to try it") as refused:
-        choose(7)
+        choose(6)
     width, height = map(int, re.findall(r"--size (\d+)x(\d+)", str(refused.value))[0])
-    assert choose(7, size=(width, height)).memory == "low" and abs(width / height - 16 / 9) < 0.3
+    assert choose(6, size=(width, height)).memory == "low" and abs(width / height - 16 / 9) < 0.3
     with pytest.raises(InputError):
-        choose(7, size=(width + 64, round((width + 64) * 9 / 16 / 64) * 64))
+        choose(6, size=(width + 64, round((width + 64) * 9 / 16 / 64) * 64))
     assert choose(5, size=(256, 192)).memory != "max"
     assert choose(5, memory="low").memory == "low"  # an order is followed
     with pytest.raises(ValueError, match="unknown memory mode 'all': auto, max, fast, balanced, low"):

@@ -1,5 +1,6 @@
 """What only a GPU can show: `pytest tests/test_on_cuda.py` on one. Without a GPU all of it is skipped."""
 
+import gc
 import sys
 import warnings
 from dataclasses import replace
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from official import MINI, SMALLER, fill_by_name
 
+from minimti.bench.cases import build, inputs, official_cases, start
 from minimti.budget import budget_of
+from minimti.config import MODELS
 from minimti.invert import invert, make_recipe
 from minimti.motion import Motion, frames_start
-from minimti.networks.graph import Graphed
+from minimti.networks.graph import Graphed, record
 from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE
 from minimti.pretrain.run import Gradients
@@ -126,6 +129,34 @@ def test_what_cannot_be_recorded_runs_without_and_says_so():
         (first,) = step(torch.ones(2, device="cuda"))
     (second,) = step(torch.full((2,), 3.0, device="cuda"))
     assert first.tolist() == [2, 2] and second.tolist() == [18, 18]
+
+
+def test_a_recording_takes_little_more_memory_than_its_tensors():
+    """One after the other is larger than all memory that those before it have left."""
+
+    def step() -> torch.Tensor:
+        return torch.stack([torch.ones(mib * 2**18, device="cuda").mean() for mib in range(20, 120, 10)])
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    graph, result = record(step)
+    assert torch.cuda.memory_reserved() - before < 150 * 2**20
+    graph.replay()
+    assert result.tolist() == [1] * 10
+
+
+def test_the_mode_low_fits_a_card_of_8_gb():
+    """At the official size, with as much memory as such a card leaves to PyTorch."""
+    case, limit = official_cases(MODELS["svd"])["train_low"], 7.4 * 2**30
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
+    try:
+        step = start(build(SVD, case, "cuda"), case, "graph", inputs(case, "cuda"))
+        assert step().isfinite().all() and torch.cuda.memory_reserved() <= limit
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("name", [stage.name for stage in STAGES])

@@ -119,7 +119,8 @@ def test_a_dry_run_names_the_time_where_it_has_been_measured(monkeypatch):
     for described, expected in (
         ((svd, clip, 1000, cuda, None, "auto"), "about 5 minutes for 1000 steps, besides loading and encoding"),
         ((svd, upright, 500, cuda, half, "balanced"), "about 3 minutes for 500 steps, besides loading and encoding"),
-        ((svd, clip, 1000, cuda, half, "low"), "about 8 minutes for 1000 steps, besides loading and encoding"),
+        ((svd, clip, 1000, cuda, half, "fast"), "about 6 minutes for 1000 steps, besides loading and encoding"),
+        ((svd, clip, 1000, cuda, half, "low"), f"not measured on {card} at this size, precision and memory mode"),
         ((svd, short, 1000, cuda, half, "max"), f"not measured on {card} at this size, precision and memory mode"),
         ((svd, clip, 1000, cuda, whole, "max"), f"not measured on {card} at this size, precision and memory"),
     ):

@@ -155,11 +155,11 @@ class FeedForward(Checkpointed):
         # The identity is in the place of the dropout of training, so that the last layer is `net.2` as in the files.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> the same shape."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """net(norm(x)), [..., dim] -> the same shape. The norm is computed slice by slice too."""
         rows = x.flatten(0, -2)  # [positions, dim]
         num_slices = -(-8 * rows.nbytes // self.slice_bytes)
-        return self.in_slices(self.net, rows, num_slices).view(x.shape)
+        return self.in_slices(lambda positions: self.net(norm(positions)), rows, num_slices).view(x.shape)
 
 
 class Context(NamedTuple):
@@ -172,7 +172,7 @@ class Context(NamedTuple):
     frame_embedding: Tensor  # [F, C], of the positions of frames; it depends on F alone
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Checkpointed):
     """Self-attention among the positions of a frame, cross-attention to its tokens, feed-forward; each is residual."""
 
     over_time = False
@@ -193,10 +193,17 @@ class TransformerBlock(nn.Module):
                       Over time all positions of all frames of a clip attend to the same tokens, so that a clip is one
                       long sequence: sets = B.
         """
-        x = add_owned(x, self.attn1(self.norm1(x), num_frames))
+        x = add_owned(x, self.checkpointed_inside(self._attend_to_itself, x, num_frames))
         sequences = x.unflatten(0, (-1, num_frames)).flatten(1, 2) if self.over_time else x  # [B, (F L), dim]
-        x = add_owned(sequences, self.attn2(self.norm2(sequences), keys, values)).view(x.shape)  # [(B F), L, dim]
-        return add_owned(x, self.ff(self.norm3(x)))
+        sequences = add_owned(sequences, self.checkpointed_inside(self._attend_to_tokens, sequences, keys, values))
+        x = sequences.view(x.shape)  # [(B F), L, dim]
+        return add_owned(x, self.ff(x, self.norm3))
+
+    def _attend_to_itself(self, x: Tensor, num_frames: int) -> Tensor:
+        return self.attn1(self.norm1(x), num_frames)
+
+    def _attend_to_tokens(self, sequences: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.attn2(self.norm2(sequences), keys, values)
 
 
 class TemporalBlock(TransformerBlock):
@@ -211,7 +218,7 @@ class TemporalBlock(TransformerBlock):
 
     def forward(self, x: Tensor, num_frames: int, keys: Tensor, values: Tensor) -> Tensor:
         """Shapes and ownership of x as in TransformerBlock."""
-        return super().forward(add_owned(x, self.ff_in(self.norm_in(x))), num_frames, keys, values)
+        return super().forward(add_owned(x, self.ff_in(x, self.norm_in)), num_frames, keys, values)
 
 
 class SpatioTemporalTransformer(nn.Module):

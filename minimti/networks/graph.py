@@ -52,16 +52,24 @@ class Graphed:
 
 
 def record(step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """The CUDA graph of a step, and what every replay fills anew. Raises RuntimeError where that is not possible."""
+    """The CUDA graph of a step, and what every replay fills anew. Raises RuntimeError where that is not possible.
+
+    PyTorch's peaks of memory begin anew here.
+    """
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
+    torch.cuda.reset_peak_memory_stats()
     with torch.cuda.stream(side):  # kernels are chosen and compiled before the recording
         for _ in range(2):
             step()
     current.wait_stream(side)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # the graph has memory of its own, and takes nothing from what the warm-up left
+    peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()  # what a step takes
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        # A block that is given back at once. The tensors of the step are cut from it; otherwise the graph would take a
+        # new segment for every tensor that fits into none of the free ones.
+        torch.empty(peak, dtype=torch.uint8, device="cuda")
         result = step()
     return graph, result

@@ -4,9 +4,13 @@ The weights are frozen, so that activations take all the memory that grows with 
 transformer) keeps its input and, of what it computes, only the expensive results: those of matrix products,
 convolutions and attention that took many FLOPs per byte of result. The rest is computed again in the backward pass.
 The gradients are the same.
+
+The mode "low" keeps no results. Its transformers checkpoint each of their layers as well: when one is computed again,
+the inputs of all its layers are in memory, but what a layer computes inside is there for one layer at a time.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +24,7 @@ SLICE_BYTES = 2**25  # fits the caches of a CPU
 # The FLOPs per byte from which each mode keeps a result. At full size in bf16, a matrix product in front of attention
 # or feed-forward takes 320 to 1280, one behind a feed-forward 1280 to 5120, a 3x3 convolution 2880 to 23040, attention
 # among the positions of a frame 288 to 18432.
-MODES = {"fast": 500.0, "balanced": 1500.0, "low": 18000.0}
+MODES = {"fast": 500.0, "balanced": 1500.0, "low": math.inf}
 
 aten = torch.ops.aten
 _ATTENTION = {
@@ -66,6 +70,10 @@ class Checkpointed(nn.Module):
         call = _compiled_call() if self.compiled and isinstance(part, self.compiled) else _call
         return call(part, self.mode, *inputs)
 
+    def checkpointed_inside(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """part(*inputs), for a part of what `checkpointed` calls; checkpointed once more in the mode "low" alone."""
+        return self.checkpointed(part, *inputs) if self.mode == "low" else part(*inputs)
+
     def in_slices(self, part: Callable[[Tensor], Tensor], x: Tensor, num_slices: int) -> Tensor:
         """part(x) for x [rows, C], slice by slice of the rows; `part` must treat every row alike.
 
@@ -73,8 +81,8 @@ class Checkpointed(nn.Module):
         computes them again; in the other modes autograd would keep them for all slices, and x goes as a whole.
         """
         if num_slices == 1 or (torch.is_grad_enabled() and self.mode != "low"):
-            return part(x)
-        return torch.cat([self.checkpointed(part, rows) for rows in x.chunk(num_slices)])
+            return self.checkpointed_inside(part, x)
+        return torch.cat([self.checkpointed_inside(part, rows) for rows in x.chunk(num_slices)])
 
 
 def _call(part: Callable[..., Tensor], mode: str | None, *inputs: Any) -> Tensor:

@@ -159,7 +159,7 @@ def test_a_form_that_a_library_does_not_have(library, form):
 
 
 def test_a_graph_is_recorded_after_two_runs_on_a_side_stream_and_then_replayed(monkeypatch):
-    """The order of calls, on a stand-in for a GPU."""
+    """The order of calls, on a stand-in for a GPU that holds 200 bytes, and 900 at the peak of a step."""
     calls = []
 
     @contextmanager
@@ -176,17 +176,22 @@ def test_a_graph_is_recorded_after_two_runs_on_a_side_stream_and_then_replayed(m
     monkeypatch.setattr(torch.cuda, "stream", lambda _: block("side"))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: block("record"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
-    for name in ("synchronize", "empty_cache"):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
-    result = torch.ones(1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 900)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 200)
+    result, model = torch.ones(1), build(SVD, CASE, "cpu")
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: calls.append(f"{size} of {dtype} on {device}"))
 
     def step():
         calls.append("step")
         return result
 
-    run = start(build(SVD, CASE, "cpu"), replace(CASE, step=Step(lambda _: step, (), ())), "graph", [])
-    warm_up = ["wait", "side begins", "step", "step", "side ends", "wait", "synchronize", "empty_cache"]
-    assert calls == [*warm_up, "record begins", "step", "record ends"]
+    run = start(model, replace(CASE, step=Step(lambda _: step, (), ())), "graph", [])
+    warm_up = ["wait", "reset_peak_memory_stats", "side begins", "step", "step", "side ends", "wait"]
+    block_of_the_peak = "700 of torch.uint8 on cuda"
+    recording = ["synchronize", "empty_cache", "record begins", block_of_the_peak, "step", "record ends"]
+    assert calls == warm_up + recording
     assert run() is result and run() is result
     assert calls[-2:] == ["replay", "replay"] and calls.count("step") == 3
 

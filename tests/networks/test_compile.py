@@ -26,7 +26,7 @@ def step(unet: UNet, draw: int, learns: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("learns, mode", [(True, "balanced"), (True, None), (False, None)])
+@pytest.mark.parametrize("learns, mode", [(True, "balanced"), (True, "low"), (True, None), (False, None)])
 def test_one_graph(learns, mode):
     """`fullgraph` makes a graph break an error; the second step of other values must find the first one's graph."""
     with torch.device("meta"):

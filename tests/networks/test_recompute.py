@@ -17,6 +17,8 @@ from minimti.networks.unet import UNet
 from minimti.networks.vae import VAE, Decoder
 from minimti.svd import SVD, Conditioning
 
+SLICE_BYTES = 2**16  # so that the small feed-forwards go in slices too
+
 
 def difference(ours: torch.Tensor, plain: torch.Tensor) -> float:
     return ((ours - plain).norm() / plain.norm()).item()
@@ -57,9 +59,7 @@ def test_temporal_layers_take_as_many_rows_as_fit(rows_bytes, num_rows):
 def unet() -> UNet:
     with torch.device("meta"):
         unet = UNet(SMALL.unet)
-    for module in unet.modules():
-        if isinstance(module, FeedForward):
-            module.slice_bytes = 2**16  # so that the small feed-forwards go in slices too
+    set_mode(unet, None, SLICE_BYTES)
     return fill_by_name(unet, SMALL, "unet.", torch.float64).requires_grad_(False)
 
 
@@ -79,9 +79,23 @@ def gradients(unet: UNet) -> list[torch.Tensor]:
 def test_recomputation_gives_the_same_gradients(unet, mode):
     set_mode(unet, None)
     plain = gradients(unet)
-    set_mode(unet, mode)
+    set_mode(unet, mode, SLICE_BYTES)
     for ours, reference in zip(gradients(unet), plain):
         assert difference(ours, reference) < 1e-12
+
+
+def test_feed_forwards_in_slices_are_feed_forwards(unet):
+    """Without gradients, as in sampling. No slice is larger than was set, and together they are all rows."""
+    layer = next(module for module in unet.modules() if isinstance(module, FeedForward))
+    norm, sizes = torch.nn.LayerNorm(layer.net[-1].out_features, dtype=torch.float64), []
+    hook = norm.register_forward_hook(lambda _, inputs, out: sizes.append(8 * out.nbytes))
+    x = torch.randn(3, 100, *norm.normalized_shape, dtype=torch.float64)
+    with torch.no_grad(), hook:
+        layer.slice_bytes = 8 * x.nbytes
+        plain = layer(x, norm)
+        layer.slice_bytes = SLICE_BYTES
+        assert difference(layer(x, norm), plain) < 1e-12
+    assert sizes[0] == sum(sizes[1:]) and max(sizes[1:]) <= SLICE_BYTES < sizes[0]
 
 
 @torch.no_grad()
