@@ -72,7 +72,7 @@ class Checkpointed(nn.Module):
 
     def checkpointed_inside(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """part(*inputs), for a part of what `checkpointed` calls; checkpointed once more in the mode "low" alone."""
-        return self.checkpointed(part, *inputs) if self.mode == "low" else part(*inputs)
+        return _call(part, self.mode if self.mode == "low" else None, *inputs)
 
     def in_slices(self, part: Callable[[Tensor], Tensor], x: Tensor, num_slices: int) -> Tensor:
         """part(x) for x [rows, C], slice by slice of the rows; `part` must treat every row alike.
