@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     motion("images", nargs="*", type=cli.name, metavar="IMAGE", help=images)
     emb = "an embedding that train.py wrote; may be given several times"
     motion("--emb", metavar="FILE", action="append", default=[], help=emb)
-    size = "size of the videos (default: the embedding's, else the model's; upright for a portrait image)"
+    size = "size of the videos (default: the embedding's, else the model's; its sides exchanged for a portrait image)"
     cli.add_fit_arguments(motion, size)
 
     group = parser.add_argument_group("sampling")
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     output("--out", default=".", metavar="PATH", help=out)
     form = (
         "mp4: near-lossless H.264; gif: 256 colours a frame; png: a folder of lossless frames for each result"
-        " (default: mp4). Of videos below 256 pixels every pixel is repeated until the longer side has 256 or more"
+        " (default: mp4). In smaller videos each pixel is repeated until the longer side has 256 pixels or more"
     )
     output("--format", choices=FORMATS, help=form)
     compare = "also all results beside their clips: one video called grid, and index.html, which plays them in step"
@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     advanced(
         "--fps",
         type=cli.integer(1, 1000),
-        help="frames per second, of the file and as a condition (default: the embedding's, 7)",
+        help="frames per second, of the file and as a condition (default: as the clip was taken; the embedding's, 7)",
     )
     advanced(
         "--motion-bucket",
@@ -142,7 +142,7 @@ def check(args: argparse.Namespace, motions: "list[Motion]") -> None:
 def outputs(args: argparse.Namespace, model: str) -> "list[Job]":
     """All results that the arguments ask for.
 
-    Raises InputError where one would replace another or an input, or cannot be written.
+    Raises InputError where one would replace another, an input or what another program made, or cannot be written.
     """
     from minimti.results import distinct, plan
 
@@ -169,7 +169,7 @@ def placed(
     from minimti.io.pixels import check_size, oriented, place
 
     default = motion.size if motion else config.size
-    size = check_size(args.size or oriented(default, *have), config)  # an image decides whether it is upright
+    size = check_size(args.size or oriented(default, *have), config)  # an image decides which side is longer
     return place(have, size, args.fit, tuple(args.crop_center))
 
 
@@ -187,14 +187,14 @@ def swapped(args: argparse.Namespace, svd: "SVD", other: "Tensor") -> "Motion":
 def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | None", known: dict[str, Any]) -> str:
     """Makes a result and all that belongs to it, unless it is there already. Returns a line about it.
 
-    `known` is what is known of its record: the parts "made from" and "about".
+    `known` is what its record says already: the parts "made from" and "about".
     """
     import torch
 
     from minimti import animate
     from minimti.attention_maps import AttentionMaps, write_attention
     from minimti.io.image import decode_image
-    from minimti.io.pixels import cut, fit
+    from minimti.io.pixels import cut, fit, place
     from minimti.io.write import enlarged, write_video
     from minimti.results import has_attention, is_made, remove_attention, write_record
 
@@ -206,10 +206,11 @@ def make(args: argparse.Namespace, svd: "SVD", job: "Job", motion: "Motion | Non
         cond_aug=args.noise_aug,
     )
     # It plays as fast as the clip was taken; what the model is conditioned on stays as it was trained.
-    fps = args.fps or (motion.fps if motion else None) or micro.fps_id + 1
+    fps = args.fps or (motion.playback_fps if motion else micro.fps_id + 1)
     if job.image is None:
-        placement = placed(args, config, motion, motion.size if motion else config.size)
-        image = torch.zeros(1, 3, *placement.size[::-1])
+        size = placed(args, config, motion, motion.size if motion else config.size).size
+        placement = place(size, size)
+        image = torch.zeros(1, 3, *size[::-1])
     else:
         pixels = decode_image(args.images[job.image])
         placement = placed(args, config, motion, (pixels.shape[-1], pixels.shape[-2]))
@@ -244,7 +245,7 @@ def compare(args: argparse.Namespace, jobs: "list[Job]", motions: "list[Motion]"
     from minimti.results import distinct
 
     rows, names = [], distinct(args.emb)
-    for index in sorted({job.motion for job in jobs}, key=lambda motion: motion or 0):
+    for index in dict.fromkeys(job.motion for job in jobs):
         row = []
         if args.emb:
             try:

@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     advanced("--p-std", type=cli.number(0, 10), help="deviation of ln(sigma) (default: the model's, 1.6 for svd)")
     cache = "augmented views to encode once and use in turn; 0: a fresh one every step (default: paper 100, muon 25)"
     advanced("--cache", type=cli.integer(0, 10**5), metavar="K", help=cache)
-    return parser.parse_args(cli.arguments())
+    return parser.parse_intermixed_args(cli.arguments())
 
 
 def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     clip("--sample-fps", type=cli.number(0.001, 1000), metavar="FPS", help=rate)
     clip("--stride", type=cli.integer(1, 10**6), metavar="K", help="take every K-th frame, whatever its time")
     clip("--frames", type=cli.integer(2, 1000), metavar="F", help="frames to learn from (default: the model's)")
-    size = "size to learn at (default: the model's, 1024x576 for svd; upright for a portrait clip)"
+    size = "size to learn at (default: the model's, 1024x576 for svd; its sides exchanged for a portrait clip)"
     cli.add_fit_arguments(clip, size)
     clip("--no-flip", action="store_true", help="never mirror the clip: for motions with a left and a right")
     dry = "read and check the clips, draw the frames that would be learned beside --out, and stop there"
@@ -179,10 +179,10 @@ def read(args: argparse.Namespace, config: "SVDConfig", sources: list[str]) -> "
         print(f"           {clip.about()}")
         for note in clip.notes:
             print(f"note       {cli.printable(note)}")
-        upright, first_upright = (size[0] < size[1] for size in (clip.source_size, clips[0].source_size))
-        if upright != first_upright and not args.size:
-            as_it_is = "upright" if upright else "lying"
-            note = f"{clip.source} is {as_it_is}, unlike {clips[0].source}, at whose size it is read"
+        portrait, first_portrait = (size[0] < size[1] for size in (clip.source_size, clips[0].source_size))
+        if portrait != first_portrait and not args.size:
+            shape = "portrait" if portrait else "landscape"
+            note = f"{clip.source} is {shape}, unlike {clips[0].source}, at whose size it is read"
             print(f"note       {cli.printable(note)}")
     return clips
 
@@ -363,13 +363,14 @@ def learn_job(
         if len(clips) > 1:
             about["together with"] = ", ".join(clip.source for clip in clips[1:])
         finish(job.run, facts | about | {"frames": frames_digest(clips[0]), "memory": budget.memory})
-    print(judged(args, svd, learned, clips[0], ranks, check))
+    if ranks.is_first:  # where there are others, it cannot check for their signals while they wait
+        print(judged(args, svd, learned, clips[0], check if ranks.count == 1 else lambda: None))
+    if ranks.count > 1:
+        check()
 
 
-def judged(
-    args: argparse.Namespace, svd: "SVD", motion: "Motion", clip: "Clip", ranks: "Ranks", check: "Callable[[], None]"
-) -> str:
-    """Whether the motion of a clip was learned, in lines to print."""
+def judged(args: argparse.Namespace, svd: "SVD", motion: "Motion", clip: "Clip", check: "Callable[[], None]") -> str:
+    """Whether the motion of a clip was learned, in lines to print. `check` is called after every step of sampling."""
     import torch
 
     from minimti.score import describe
@@ -377,8 +378,7 @@ def judged(
     bars = cli.Bars("score")
 
     def watch(progress: "Progress") -> None:
-        if ranks.is_first:
-            bars(progress)
+        bars(progress)
         check()
 
     try:
@@ -417,6 +417,7 @@ def following(args: argparse.Namespace, jobs: list[Job], ranks: "Ranks") -> str:
         return f"{command(ranks)} --resume"
     named = args.model in (None, "auto", *MODELS)  # else the embedding's model cannot be found by its name
     model = [] if named else ["--model", args.model]
+    model += ["--revision", args.revision] if args.revision else []
     embeddings = [word for job in jobs for word in ("--emb", cli.as_file(str(job.run.out)))]
     return shlex.join(["python", str(Path(sys.argv[0]).with_name("sample.py")), *embeddings, "img.png", *model])
 

@@ -73,9 +73,9 @@ def name(text: str) -> str:
 
 
 def arguments() -> list[str]:
-    """The arguments of the command line, where names that follow "--" are written so that they need none.
+    """The arguments of the command line without "--"; names behind it that begin with a hyphen get "./" in front.
 
-    Some of argparse's ways do not take it, and a command with it cannot be continued with an option.
+    `parse_intermixed_args` does not take "--", and no option could be appended to a command that has it.
     """
     given = sys.argv[1:]
     if "--" not in given:
@@ -110,7 +110,7 @@ def seconds(text: str) -> float:
 
 def add_fit_arguments(add: Callable, size_help: str) -> None:
     """The arguments --size, --fit and --crop-center, for clips and images alike."""
-    how = "crop: cut off what sticks out; pad: add bars, which are cut off again in videos; stretch (default: crop)"
+    how = "crop: cut off what sticks out; pad: add bars, which results do not show; stretch (default: crop)"
     add("--size", type=size, metavar="WxH", help=size_help)
     add("--fit", choices=FITS, default="crop", help=how)
     center = "which part a crop takes: 0 0 is the top left, 1 1 the bottom right (default: 0.5 0.5)"
@@ -231,6 +231,7 @@ class Bars:
         self.label, self.stage = label, ""  # the label of stages that have none of their own
         self.first, self.step, self.began = 0, 0, 0.0  # in this stage: steps done before, steps done, time
         self.printed = 0.0  # the time of the last line
+        self.called = time.perf_counter()  # the time of the last call
         self.bar: tqdm | None = None
         self.losses: deque[float] = deque(maxlen=50)
 
@@ -248,6 +249,7 @@ class Bars:
         elif self._is_due(before, progress.steps):
             print(self._line(progress.steps), file=sys.stderr, flush=True)
             self.printed = time.perf_counter()
+        self.called = time.perf_counter()
 
     def close(self) -> None:
         """Ends the bar of the current stage."""
@@ -258,10 +260,11 @@ class Bars:
         from tqdm import tqdm
 
         self.close()
-        self.stage, self.began = progress.stage, time.perf_counter()
-        self.printed = self.began
         # "learn" reports where it starts, which is not 0 where a run is resumed; the others report a step done
-        self.first = self.step = progress.step - (self.stage != "learn")
+        reports_start = progress.stage == "learn"
+        self.stage, self.began = progress.stage, time.perf_counter() if reports_start else self.called
+        self.printed = self.began
+        self.first = self.step = progress.step - (not reports_start)
         self.bar = tqdm(
             total=progress.steps,
             initial=self.first,
@@ -271,6 +274,8 @@ class Bars:
             disable=None,  # where stderr is no terminal
             **_screen(),
         )
+        if not self.bar.disable:
+            self.bar.start_t -= time.perf_counter() - self.began
 
     def _is_due(self, before: int, steps: int) -> bool:
         """Whether a log gets a line after the step, of `steps`, that followed `before`."""
@@ -387,10 +392,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _smaller() -> str:
     """The next smaller settings of the program that runs."""
+    others = {"pretrain": "a smaller --batch", "evaluate": "fewer --jobs", "bench": "other --cases"}
+    if (program := signals.program()) in others:
+        return others[program]
     svd = _loaded[0]() if _loaded else None
     modes = MEMORY_MODES[MEMORY_MODES.index(svd.budget.memory) + 1 :] if svd else MEMORY_MODES[-1:]
     sizes = ["a smaller --size", "fewer --frames"]
-    sizes = {"sample.py": sizes[:1], "score.py": []}.get(signals.program(), sizes)  # an embedding gives the others
+    sizes = {"sample.py": sizes[:1], "score.py": []}.get(program, sizes)  # an embedding gives the others
     return " or ".join([*(f"--memory {mode}" for mode in modes[:1]), *sizes] or ["--device cpu"])
 
 

@@ -35,7 +35,7 @@ from minimti.run import read_learned
 CELL_SIDE = 384  # pixels: the longer side of a video in a comparison, at most
 COLUMNS = 6  # most videos in a row of the grid: longer rows go on below
 GRID_SIDE = 3840  # pixels: the sides of the grid, at most
-GRID_BYTES = 2**30  # of its frames in memory, at most
+GRID_BYTES = 2**30  # bytes of its frames in memory, at most
 MAX_LINES = 60  # rows of the grid, at most: cells are then 36 pixels high
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Pillow's own has English letters only
 BAR, GAP = 24, 4  # height of a label, and pixels between two videos
@@ -103,7 +103,7 @@ def clip_cell(emb: str, motion: Motion, config: SVDConfig, name: str) -> Cell:
     Raises InputError as `read_learned` does.
     """
     frames = without_bars(to_uint8(read_learned(emb, motion, config).frames))
-    fps = motion.fps or motion.micro.fps_id + 1
+    fps = motion.playback_fps
     return Cell(f"{name}: the clip", torch.stack([small(frame) for frame in frames]), fps, is_clip=True)
 
 

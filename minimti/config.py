@@ -239,7 +239,7 @@ def printable(text: object, most: int | None = None) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value for a message. One that has parts is not printed: in a hostile file they can be shared and nested."""
+    """A value for a message. Of one that has parts only the type: in a hostile file the parts may be without end."""
     plain = value is None or type(value) in (bool, int, float, str)
     return printable(repr(value), 60) if plain else f"an unsuitable {type(value).__name__}"
 

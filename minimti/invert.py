@@ -85,7 +85,8 @@ def make_recipe(config: SVDConfig, name: str | None = None) -> Recipe:
 class State:
     """Where an inversion stands between two steps: all that it needs to go on as if it had not been stopped.
 
-    Draws need no state: they depend on the seed and the number of the step alone.
+    Draws need no state: they depend on the seed and the number of the step alone. In fp16 the scale of the loss begins
+    anew, which changes the last bits.
     """
 
     tokens: Tensor  # as Motion.tokens

@@ -28,7 +28,7 @@ INIT_NOISE = 0.1  # the N(0, 0.1) of paper B.2, read as a standard deviation
 # --tokens admits) and keeps reading within 1 GB of memory.
 MAX_NUMBERS = 2**25  # elements of the tokens, 128 MiB
 MAX_ABOUT = 2**20  # bytes of everything but the tokens: data.pkl, or the header of safetensors
-MAX_ENTRIES = 64  # of a dict
+MAX_ENTRIES = 64  # entries in a dict
 MAX_NAME, MAX_TEXT = 256, 2000  # characters of its keys and of its texts; all together less than MAX_ABOUT
 
 
@@ -52,6 +52,11 @@ class Motion:
     def shared(self) -> bool:
         """Whether one set serves all frames and the layers over time: F' = 1 in the paper's ablation (figure 9)."""
         return len(self.tokens) == 1
+
+    @property
+    def playback_fps(self) -> float:
+        """Frames per second at which results play: as fast as the clip was taken, else as the model was trained."""
+        return self.fps or self.micro.fps_id + 1
 
     @property
     def sets(self) -> tuple[Tensor, Tensor]:

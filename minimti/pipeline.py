@@ -297,8 +297,8 @@ def animate(
     Warns where the motion was learned on other weights of the same model.
     """
     config = svd.config
-    if image.shape[:2] != (1, 3) or image.ndim != 4:
-        raise ValueError(f"the image must be [1, 3, H, W], not {list(image.shape)}")
+    if image.shape[:2] != (1, 3) or image.ndim != 4 or not image.is_floating_point():
+        raise ValueError(f"the image must be floating-point [1, 3, H, W], not {image.dtype} {list(image.shape)}")
     if solver not in edm.SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: {', '.join(edm.SOLVERS)}")
     if schedule not in SCHEDULES or (schedule == "ays" and config.sigma_max != edm.AYS_SIGMAS[0]):

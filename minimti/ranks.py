@@ -1,4 +1,4 @@
-"""The processes of torchrun. Each of them, a rank, runs the whole program; they meet in the methods here.
+"""The processes of torchrun. Each of them, a rank, runs the whole program; the methods here synchronise them.
 
 They exchange numbers by gloo through the CPU's memory: on every device alike, a few hundred kB in a step.
 """
@@ -37,7 +37,7 @@ class Ranks:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Within it all but the first process print nothing to stdout, and no warning."""
+        """Within the block only the first process prints to stdout and shows warnings."""
         if self.is_first:
             yield
             return

@@ -69,7 +69,8 @@ def plan(
     unconditional  whether the results show the motion alone
     inputs         files that are read, besides the images
 
-    Raises InputError where a result would replace another or an input, or cannot be written.
+    Raises InputError where a result would replace another, an input, or anything that sample.py did not make, or cannot
+    be written.
     """
     jobs, names = [], distinct(images)
     for m, motion in enumerate(motions):
@@ -95,6 +96,7 @@ def plan(
             raise InputError(f"--out {out}: one file cannot hold {len(jobs)} videos; name a folder")
         job = replace(jobs[0], path=check_writable(out, *read))
         check_target(job.record, *read)
+        _check_made(job)
         return [job]
     if os.path.isfile(out) or suffix in (".mov", ".webm", ".mkv", ".avi"):
         raise InputError(f"--out {out}: name a folder, or a file that ends in .mp4 or .gif")
@@ -110,7 +112,18 @@ def plan(
         else:
             check_target(job.path, *read)
         check_target(job.record, *read)
+        _check_made(job)
     return jobs
+
+
+def _check_made(job: Job) -> None:
+    """Raises InputError where something stands in a result's place, and no record is beside it or inside."""
+    try:
+        found = not job.path.exists() or job.record.is_file() or (job.suffix == ".mp4" and inner_record(job.path))
+    except InputError:  # no video
+        found = False
+    if not found:
+        raise InputError(f"{job.path}: was there before, and not made by sample.py; move it, or name another --out")
 
 
 def distinct(paths: Sequence[str]) -> list[str]:
@@ -179,6 +192,21 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InputError(f"{path}: is no record of a result that sample.py made")
+
+
+def inner_record(path: Path) -> dict[str, Any] | None:
+    """The record in the metadata of an mp4; None where there is none. Raises InputError where it is no video."""
+    import av
+
+    require_file(path)
+    try:
+        with av.open(f"file:{path}") as container:
+            record = json.loads(container.metadata.get("comment", ""))
+            return record if isinstance(record["made from"], dict) and isinstance(record["about"], dict) else None
+    except av.FFmpegError as error:
+        raise InputError(f"{path}: cannot be read as a video") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def digest(path: str | Path) -> str:

@@ -165,6 +165,8 @@ class Run:
             advice = f"to go on with it: {command} --resume" if len(self.legs) == 1 else "give what it was begun with"
             raise InputError(f"{self.folder}: was begun {_how(name, begun.get(name))}; {advice}")
         done = state.steps if state else 0
+        if state is None and (len(self.legs) > 1 or self.out.exists()):
+            raise InputError(f"{self.folder}: its state.pt is missing; leave --resume out to begin again")
         if done < self.steps and steps not in (None, self.steps):
             raise InputError(f"{self.folder}: is at {done} of {self.steps} steps; finish them first, without --steps")
         added = (steps or 0) - done if done == self.steps else 0
@@ -265,6 +267,7 @@ class Run:
         self.done = motion.steps
         self.save()
         self.draw()
+        self.last = None  # it holds all views, on the device
 
     def draw(self) -> None:
         """Draws loss.png."""
@@ -335,10 +338,8 @@ class Previews:
         elif progress.step // self.every > self.shown // self.every:
             self.shown = progress.step
             motion = replace(progress.motion, tokens=progress.motion.tokens.clone())
-            memory = "low" if self.svd.budget.memory == "low" else "balanced"  # what the step needs stays allocated
-            first, check = self.clip.frames[:1], lambda _: self.check()
             try:
-                video = animate(self.svd, motion, first, seed=motion.seed, memory=memory, progress=check)
+                video = self._animate(motion)
             except (FloatingPointError, torch.OutOfMemoryError) as error:
                 if self.ranks.count > 1:  # the others wait for this process
                     raise
@@ -349,6 +350,18 @@ class Previews:
                     write_clip(self.run.path(f"preview-{progress.step:05}.mp4"), beside, self.clip.fps)
                 except InputError as error:
                     self._warn(progress.step, error)
+
+    def _animate(self, motion: Motion) -> Tensor:
+        """The clip's first frame in motion. Budget and memory of the training are then as before, also if it fails."""
+        before = self.svd.budget
+        memory = "low" if before.memory == "low" else "balanced"  # what the step needs stays allocated
+        first, check = self.clip.frames[:1], lambda _: self.check()
+        try:
+            return animate(self.svd, motion, first, seed=motion.seed, memory=memory, progress=check)
+        finally:
+            self.svd.use(before)
+            for network in ("image_encoder", "vae"):
+                self.svd.park(network)
 
     def _warn(self, step: int, error: Exception) -> None:
         """Training goes on."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from minimti.config import SVDConfig
     from minimti.svd import SVD
 
-# By model, two limits of the figure "motion": from the first on expect a transfer, below the second do not.
+# Two thresholds of the figure "motion" for a model: from the first on a transfer is expected, below the second not.
 # Measured by `python -m minimti.evaluate --seeds 0 1 2 --motions 4 --targets 2 --only score` (weights/tiny/README.md):
 # other pairs between 0.6 and 0.8, where few embeddings lie, are right about as often.
 THRESHOLDS = {"tiny": (0.7, 0.6)}
@@ -146,7 +146,7 @@ def read_result(path: str, config: "SVDConfig", motion: "Motion") -> "Tensor":
 
     options: dict[str, Any] = {"stride": 1}
     if path.lower().endswith(".gif"):  # frames that are alike are one there, and times are rounded
-        fps = motion.fps or motion.micro.fps_id + 1
+        fps = motion.playback_fps
         options = {"sample_fps": fps, "start": 0.2 / fps}
     return read_clip(path, config, num_frames=motion.num_frames, **options).frames
 
@@ -212,7 +212,7 @@ def main() -> None:
         clip = read_learned(args.emb, motion, config, args.clip)
     except InputError as error:
         raise error if args.clip else InputError(f"{error}; name the clip as --clip") from error
-    like = replace(config, size=motion.size)  # a result has this size, upright where its image is
+    like = replace(config, size=motion.size)  # or with its sides exchanged, where the image is portrait
     with warnings.catch_warnings():
         # A result of another shape is measured in its middle; there is no option for another part.
         warnings.filterwarnings("ignore", message=".* of the picture is used")

@@ -4,10 +4,8 @@ FILE is an embedding, or a result of sample.py: a video, a folder of frames, or 
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from minimti import cli
 from minimti.io.files import InputError, require_file
@@ -49,7 +47,7 @@ def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
     yield "steps", f"{motion.unfinished}: unfinished" if motion.unfinished else planned
     yield "seed", str(motion.seed)
     yield "size", f"{motion.size[0]}x{motion.size[1]}"
-    yield "fps", f"{motion.fps or motion.micro.fps_id + 1:.4g}"
+    yield "fps", f"{motion.playback_fps:.4g}"
     yield from flat(vars(motion.micro))
     yield from flat({name: text for name, text in motion.settings.items() if name != "steps"})
     strip = folder_of(path) / "clip.png"
@@ -59,11 +57,12 @@ def about_embedding(path: Path) -> Iterator[tuple[str, str]]:
 
 def about_result(path: Path) -> Iterator[tuple[str, str]]:
     """Names and texts about a result, of its own metadata or of the record beside it. Raises InputError without any."""
-    from minimti.results import flat, read_record, record_of
+    from minimti.results import flat, inner_record, read_record, record_of
 
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         record = read_record(path)
-    elif path.suffix == ".mp4" and (found := metadata(path)):
+    elif suffix == ".mp4" and (found := inner_record(path)):
         record = found
     else:
         if not path.is_dir():
@@ -74,21 +73,6 @@ def about_result(path: Path) -> Iterator[tuple[str, str]]:
             raise InputError(f"{path}: says nothing of how it was made, and no {record_of(path).name} is beside it")
         record = read_record(record_of(path))
     yield from flat({**record["made from"], **record["about"]})
-
-
-def metadata(path: Path) -> dict[str, Any] | None:
-    """The record in the metadata of an mp4; None where there is none. Raises InputError where it is no video."""
-    import av
-
-    require_file(path)
-    try:
-        with av.open(f"file:{path}") as container:
-            record = json.loads(container.metadata.get("comment", ""))
-            return record if isinstance(record["made from"], dict) and isinstance(record["about"], dict) else None
-    except av.FFmpegError as error:
-        raise InputError(f"{path}: cannot be read as a video") from error
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 if __name__ == "__main__":

@@ -402,6 +402,9 @@ def test_unconditional_shows_the_motion_without_an_image(work, call):
     code, _, error = call("sample.py", "--emb", "m.pt", "--unconditional", *SMALL_FILE)
     assert code == 0, error
     assert properties(work / "m_unconditional.mp4")[2:5] == (4, 256, 128)
+    more = ["--fit", "pad", "--size", "64x128", "--out", "high.mp4"]  # there is no picture to be padded
+    code, _, error = call("sample.py", "--emb", "m.pt", "--unconditional", *more, *SMALL_FILE)
+    assert code == 0 and properties(work / "high.mp4")[3:5] == (128, 256), error
 
 
 @pytest.mark.full
@@ -631,7 +634,16 @@ def test_a_command_that_is_printed_can_be_typed(monkeypatch):
     jobs = [train.Job([], Run(f"{name}.pt", 1), {}) for name in ("-a", "b")]
     for job in jobs:
         job.run.legs, job.run.done = [2], 2
-    assert train.following(args, jobs, ONE_PROCESS) == "python ../sample.py --emb ./-a.pt --emb b.pt img.png"
+    line = "python ../sample.py --emb ./-a.pt --emb b.pt img.png"
+    assert train.following(args, jobs, ONE_PROCESS) == line
+    args.model, args.revision = "svd", "v1"
+    assert train.following(args, jobs, ONE_PROCESS) == f"{line} --revision v1"
+
+
+def test_options_of_training_stand_anywhere(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "a.mp4", "--seed", "1", "b.mp4"])
+    args = train.parse()
+    assert args.clips == ["a.mp4", "b.mp4"] and args.seed == 1
 
 
 @pytest.mark.full
@@ -740,7 +752,7 @@ SHORT = (*SMALL_FILE, "--tokens", "2", "--steps", "2", "--cache", "2")
 
 @pytest.fixture
 def clips(work) -> list[str]:
-    """The names of two clips, of which the second is upright."""
+    """The names of two clips, of which the second is portrait."""
     frames = read_clip(work / "ref.mp4", SMALL, num_frames=12, stride=1, size=(64, 128), how="stretch").frames
     write_clip(work / "up.mp4", to_uint8(frames.flip(0)), 10)
     return ["ref.mp4", "up.mp4"]
@@ -810,7 +822,7 @@ def test_clips_are_learned_together(work, call, clips):
     args = ("train.py", *clips, "--together", *SHORT, "--out", "both.pt")
     code, out, error = call(*args, "--preview", "2")
     assert code == 0 and "both.pt: 5x2x48 tokens after 2 steps" in out, error
-    assert out.count("note ") == 1 and "up.mp4 is upright, unlike ref.mp4, at whose size it is read" in out
+    assert out.count("note ") == 1 and "up.mp4 is portrait, unlike ref.mp4, at whose size it is read" in out
     assert "train.py: warning: up.mp4: only 25% of the picture is used" in error
     motion = Motion.load(work / "both.pt")
     assert (motion.settings["clip"], motion.settings["together with"]) == ("ref.mp4", "up.mp4")
@@ -849,12 +861,14 @@ def test_the_second_process_of_torchrun_prints_and_writes_nothing(work, call, mo
     monkeypatch.setattr(Ranks, "joined", lambda self: nullcontext())
     monkeypatch.setattr(Ranks, "any", lambda self, flag: bool(met.append(flag)))
     monkeypatch.setattr(Ranks, "mean", lambda self, *tensors: tensors)
+    monkeypatch.setattr("minimti.score.describe", None)  # not called
     before = set(work.rglob("*"))
     args = ("train.py", "ref.mp4", *SHORT, "--size", "64x64", "--frames", "2", "--preview", "2", "--out", "second.pt")
     code, out, error = call(*args)
     assert (code, out, error) == (0, "", "") and set(work.rglob("*")) == before
-    # before anything is written, after each view, before the first step and after each, in each step of the preview
-    assert len(met) == 1 + 2 + 1 + 2 + SMALL.num_steps
+    # before anything is written, after each view, before the first step and after each, in each step of the preview,
+    # and where the first process alone has made the score
+    assert len(met) == 1 + 2 + 1 + 2 + SMALL.num_steps + 1
 
 
 def test_a_log_of_fast_steps_has_no_more_than_a_line_in_two_seconds(capfd, monkeypatch):
@@ -866,6 +880,18 @@ def test_a_log_of_fast_steps_has_no_more_than_a_line_in_two_seconds(capfd, monke
     bars.close()
     lines = capfd.readouterr().err.splitlines()
     assert 1 < len(lines) < 6 and lines[-1].startswith("img_m: 12/12 [")
+
+
+def test_the_first_step_takes_time_too(capfd, monkeypatch):
+    """The bar begins when the first step is done; its seconds count from where the work before it ended."""
+    now = [10.0]
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: now[0])
+    bars = cli.Bars("img_m")
+    for stage, step in (("encode", 1), ("encode", 2), ("sample", 1)):
+        now[0] += 4
+        bars(pipeline.Progress(stage, step, 2))
+    bars.close()
+    assert capfd.readouterr().err.count(" 4.00s/it") == 3
 
 
 def test_a_log_gets_a_line_every_few_percent(capfd):

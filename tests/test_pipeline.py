@@ -493,8 +493,9 @@ def test_an_interrupted_sample_leaves_a_model_that_learns(clip, motion):
 @pytest.mark.parametrize(
     "picture, options, message",
     [
-        (torch.zeros(2, 3, 32, 48), {}, r"must be \[1, 3, H, W\], not \[2, 3, 32, 48\]"),
-        (torch.zeros(3, 32, 48), {}, r"must be \[1, 3, H, W\], not \[3, 32, 48\]"),
+        (torch.zeros(2, 3, 32, 48), {}, r"must be floating-point \[1, 3, H, W\], not torch.float32 \[2"),
+        (torch.zeros(3, 32, 48), {}, r"must be floating-point \[1, 3, H, W\], not torch.float32 \[3, 32, 48\]"),
+        (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), {}, r"must be floating-point \[1, 3, H, W\], not torch.uint8"),
         (torch.zeros(1, 3, 32, 48), {"solver": "ddim"}, "unknown solver 'ddim': euler, heun, dpmpp-2m"),
         (torch.zeros(1, 3, 32, 48), {"memory": "all"}, "unknown memory mode 'all': auto, max, fast, balanced, low"),
         (torch.zeros(1, 3, 32, 48), {"steps": 0}, "at least one step, not 0"),

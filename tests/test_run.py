@@ -14,14 +14,16 @@ import torch
 from official import MINI
 from PIL import Image
 
+from minimti.budget import Budget
 from minimti.invert import Recipe
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
 from minimti.io.video import Clip, read_clip
 from minimti.io.write import write_clip, write_frames
 from minimti.motion import Motion, how_read
-from minimti.pipeline import learn
-from minimti.run import Run, digest, draw_losses, frames_digest, read_learned
+from minimti.pipeline import Progress, learn
+from minimti.run import Previews, Run, digest, draw_losses, frames_digest, read_learned
+from minimti.svd import SVD
 
 ADAM = Recipe("adam", False, False, steps=5, lr=1e-2, p_mean=0.0, p_std=1.0, crop=True, num_cached_views=2)
 MUON = replace(ADAM, optimizer="muon", shared_start=True, spread_sigmas=True, lr=0.2)
@@ -75,6 +77,7 @@ def train(svd, clip, run, recipe=ADAM, stop=None, state=None) -> Motion | None:
     except KeyboardInterrupt:
         motion = run.last.motion
     run.finish(motion)
+    assert run.last is None  # the views are free
     return motion
 
 
@@ -83,7 +86,35 @@ def unstopped(mini_svd, clip):
     return {recipe: learn(mini_svd, clip, recipe=recipe, num_tokens=2).tokens for recipe in (ADAM, MUON)}
 
 
+def test_a_preview_that_fails_leaves_budget_and_memory_of_the_training(mini_svd, clip, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    motion = learn(mini_svd, clip, recipe=replace(ADAM, steps=1), num_tokens=2)
+    monkeypatch.setattr(mini_svd, "budget", Budget(memory="fast"))
+    with begun(tmp_path / "m.pt") as run:
+        previews, parked = Previews(run, mini_svd, clip, 1, lambda: None), []
+        monkeypatch.setattr(SVD, "park", lambda self, name: parked.append(name))
+        monkeypatch.setattr(SVD, "sample", fail)
+        previews(Progress("learn", 0, 1, motion=replace(motion, steps=0)))
+        with pytest.warns(UserWarning, match="no preview after 1 steps: CUDA out of memory"):
+            previews(Progress("learn", 1, 1, loss=1.0, motion=motion))
+    assert mini_svd.budget == Budget(memory="fast") and mini_svd.unet.mid_block.mode == "fast"
+    assert parked[-2:] == ["image_encoder", "vae"]
+    mini_svd.use(Budget())
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
+
+
+def test_an_embedding_is_not_learned_again_because_its_state_is_lost(mini_svd, clip, tmp_path):
+    with begun(tmp_path / "m.pt") as run:
+        train(mini_svd, clip, run)
+    (tmp_path / "m.run" / "state.pt").unlink()
+    for steps in (None, 7):
+        with pytest.raises(InputError, match=r"m\.run: its state\.pt is missing; leave --resume out to begin again"):
+            with resumed(tmp_path / "m.pt", steps):
+                pass
 
 
 @pytest.mark.parametrize("recipe", [ADAM, MUON], ids=["adam", "muon"])

@@ -19,7 +19,7 @@ from minimti import attention_maps, cli, edm, pipeline, results
 from minimti.config import MODELS
 from minimti.io.image import read_image
 from minimti.io.pixels import to_uint8
-from minimti.io.write import write_frames
+from minimti.io.write import write_clip, write_frames
 from minimti.motion import Motion
 from minimti.svd import SVD
 
@@ -162,6 +162,22 @@ def test_a_bad_image_among_good_ones_is_found_before_a_model_is_loaded(folder, m
     Path("photos/d.png").write_text("no picture")
     code, _, error = call("--emb", "m.pt", "photos", "--out", "r")
     assert code == 2 and "photos/d.png: cannot be read as an image" in error and not Path("r").exists()
+
+
+@pytest.mark.parametrize("form", ["mp4", "gif", "png"])
+def test_what_another_program_made_is_never_replaced(folder, made, call, form):
+    result = Path("a_m" + {"mp4": ".mp4", "gif": ".gif", "png": ""}[form])
+    args = ["--emb", "m.pt", "a.png", "--format", form]
+    assert call(*args)[0] == 0 and call(*args, "--seed", "1")[0] == 0 and len(made) == 2  # its own it replaces
+    Path(f"{result}.json").unlink()
+    if form == "mp4":  # the record inside is enough
+        assert call(*args)[0] == 0 and len(made) == 3
+        write_clip(result, torch.zeros(3, 3, 64, 64, dtype=torch.uint8), 7)
+        Path(f"{result}.json").unlink()
+    before = results.digest(result)
+    code, _, error = call(*args)
+    assert code == 2 and f"{result}: was there before, and not made by sample.py; move it, or name" in error
+    assert results.digest(result) == before
 
 
 def test_the_record_is_beside_the_result_and_in_it(folder, made, call):

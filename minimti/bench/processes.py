@@ -92,7 +92,7 @@ class Event(NamedTuple):
     steps: int = 0
 
 
-def watch(command: list[str], environment: Mapping[str, str], cwd: Path = ROOT) -> tuple[float, list[Event]]:
+def watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, list[Event]]:
     """Runs a process to its end: its seconds and what it printed. Raises RuntimeError where it fails.
 
     An exception on the way, such as the end of the budget, ends the process too.
@@ -100,7 +100,7 @@ def watch(command: list[str], environment: Mapping[str, str], cwd: Path = ROOT) 
     shown = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}  # every step, when it is done
     began = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=cwd, env={**environment, **shown}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env={**environment, **shown}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         assert process.stdout is not None

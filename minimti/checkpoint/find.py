@@ -1,5 +1,6 @@
 """Finds weight files on this machine, or downloads official ones."""
 
+import json
 import os
 import re
 import warnings
@@ -41,7 +42,8 @@ def locate(model: str, weights: Path = WEIGHTS, revision: str | None = None) -> 
 
     `model` is a name of MODELS or a path. An official name is looked up in `weights`, then in the hub's local cache,
     then downloaded; `tiny` is in `weights` or in the installed package. A path gives the sizes of the official model
-    with whose file or folder name it begins, else those of svd.
+    with whose file or folder name its own begins, or in whose part of the hub's cache it is; a folder else those of svd
+    or svd-xt, as its unet/config.json names the frames; anything else those of svd.
 
     `revision` is a commit, branch or tag of an official model's repository (default: main). With it `weights` is passed
     over, as the revision of a file there is unknown.
@@ -65,11 +67,20 @@ def locate(model: str, weights: Path = WEIGHTS, revision: str | None = None) -> 
             known = ", ".join(MODELS)
             raise InputError(f"--model {error}; name one of {known}, a .safetensors file, or a folder") from error
     names = (path.name, path.resolve().name)  # a link and its target
-    for official in reversed(REPOSITORIES):  # the longest first, as each name begins the next one
+    for official in reversed(REPOSITORIES):  # longest first: each name is a prefix of the next
         prefixes = (Path(SINGLE_FILES[official]).stem, Path(REPOSITORIES[official]).name)
-        if any(name.startswith(prefixes) for name in names):
+        cached = "models--" + REPOSITORIES[official].replace("/", "--")
+        if any(name.startswith(prefixes) for name in names) or cached in path.resolve().parts:
             return path, MODELS[official]
-    return path, MODELS["svd"]
+    return path, MODELS["svd-xt" if _frames_of(path) == MODELS["svd-xt"].num_frames else "svd"]
+
+
+def _frames_of(folder: Path) -> int | None:
+    """The number of frames that a diffusers folder names; None where it names none."""
+    try:
+        return json.loads((folder / "unet" / "config.json").read_bytes()).get("num_frames")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def automatic(device: "torch.device", weights: Path = WEIGHTS) -> str:

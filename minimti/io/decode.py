@@ -38,7 +38,7 @@ HELD = ("gif", "apng")  # containers in which every frame says how long it is sh
 UNTIMED = ("avi",)  # containers that give the order of decoding alone; raw streams give no times at all
 # Titles and the like need not be UTF-8; from PyAV 19 on that is no error.
 UNDECODABLE_TEXTS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
-# What FFmpeg, PyAV and the file itself raise; the last where a damaged header leads outside of it.
+# What FFmpeg, PyAV and the file itself raise; OverflowError where a damaged header points beyond its end.
 FAULTS = (av.FFmpegError, OSError, ValueError, OverflowError)
 LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders, by the names of FFmpeg's own
 JOINED = 1.0  # seconds: where times fall by more, another recording begins, and its times follow the first one's
@@ -306,7 +306,7 @@ def _copied(path: Path, pipe: BinaryIO) -> BinaryIO:
             while copy.tell() < MAX_PIPE_BYTES and (chunk := pipe.read(2**20)):
                 copy.write(chunk)
             if copy.tell() >= MAX_PIPE_BYTES:
-                raise InputError(f"{path}: has more than {MAX_PIPE_BYTES >> 30} GiB; cut it to the part that is learnt")
+                raise InputError(f"{path}: has more than {MAX_PIPE_BYTES >> 30} GiB; cut it to what is learned")
             copy.flush()
         except BaseException:
             with suppress(OSError):  # it writes again what had no room

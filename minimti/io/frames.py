@@ -37,7 +37,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which frames are to be taken. Raises InputError where that is no choice."""
+    """Which frames to take. Raises InputError for options that contradict each other, ValueError for other numbers."""
 
     num_frames: int
     start: float
@@ -51,6 +51,9 @@ class Choice:
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise InputError(f"{' and '.join(names)}: each of them says which frames to take; leave all but one out")
+        rates = [number for number in (self.sample_fps, self.stride) if number is not None]
+        if self.num_frames < 1 or self.start < 0 or any(number <= 0 for number in rates):
+            raise ValueError("frames, rate and stride must be above 0, and the start at least 0")
         if self.end is not None and self.end <= self.start:
             raise InputError(f"--end {self.end:g}: must be later than the start, {self.start:g} s")
 
@@ -74,6 +77,7 @@ class Taken:
 
     frames: Tensor  # [F, 3, height, width]
     times: list[float]  # wanted, or with a stride the frames' own
+    different: int  # how many of the file's frames these are
     rate: float | None  # frames per second in the file, from the first one that was taken to the last
     last: float  # time of the last frame that was read
     until: float  # time of its last sample: that of the last frame, or later where it is held
@@ -100,7 +104,7 @@ def choose(path: Path, source: Source, choice: Choice, fitted: Callable[[Any], T
     if taken.last <= choice.start:
         raise InputError(f"{path}: only one frame is there from {choice.start:g} s on; a clip needs at least two")
     fps = (choice.num_frames - 1) / (taken.until - choice.start)
-    note = f"{need}, but the file at {taken.end:.2f} s: spread over its whole length, at {fps:.3g} fps"
+    note = f"{need}, but the file at {taken.end:.2f} s: spread evenly until there, at {fps:.3g} fps"
     return _taken(source, choice.spread(taken.until), fitted), [note]
 
 
@@ -146,7 +150,8 @@ def _taken(source: Source, times: list[float], fitted: Callable[[Any], Tensor]) 
     (first_number, first), (last_number, final) = own[0], own[-1]
     rate = (last_number - first_number) / (final - first) if final > first else None
     until = last + max(0.0, source.held - gap)
-    return Taken(frames.all, times, rate, last, until, until + gap if ended else math.inf)
+    different = len({number for number, _ in own})
+    return Taken(frames.all, times, different, rate, last, until, until + gap if ended else math.inf)
 
 
 def _strided(
@@ -167,7 +172,7 @@ def _strided(
             f" but only {available} are there; start earlier, or lower --stride or --frames"
         )
     rate = (needed - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
-    return Taken(frames.all, times, rate, times[-1], times[-1], math.inf)
+    return Taken(frames.all, times, num_frames, rate, times[-1], times[-1], math.inf)
 
 
 def _from_shown(timed: Iterator[tuple[float, Any]], start: float) -> Iterator[tuple[float, Any]]:

@@ -49,7 +49,7 @@ PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a
 def read_image(path: str | Path, config: SVDConfig, *, size: tuple[int, int] | None = None) -> Tensor:
     """fp32 [1, 3, H, W] in [-1,1], fitted to `size` = (width, height).
 
-    By default this is the model's size, upright for an upright picture.
+    By default this is the model's size, its sides exchanged for a portrait picture.
 
     Raises InputError as `decode_image` does, and for a size that the networks cannot halve often enough.
     """

@@ -43,7 +43,7 @@ class Pictures:
         return pixels
 
     def notes(self) -> list[str]:
-        """None."""
+        """An empty list."""
         return []
 
 
@@ -88,7 +88,7 @@ class AnimatedWebP:
         return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W]
 
     def notes(self) -> list[str]:
-        """None."""
+        """An empty list."""
         return []
 
 

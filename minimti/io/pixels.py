@@ -26,10 +26,10 @@ def check_size(size: tuple[int, int], config: SVDConfig) -> tuple[int, int]:
 
 def oriented(size: tuple[int, int], width: float, height: float) -> tuple[int, int]:
     """`size` = (width, height), its sides exchanged where that suits a picture of `width` x `height` better."""
-    upright, lying = min(size), max(size)
     if width == height:
         return size
-    return (upright, lying) if width < height else (lying, upright)
+    shorter, longer = min(size), max(size)
+    return (shorter, longer) if width < height else (longer, shorter)
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ def place(
     center        which part a crop takes, from (0, 0), the top left, to (1, 1), the bottom right
     pixel_aspect  width of a pixel of the picture over its height
 
-    Raises ValueError for another `how`.
+    Raises ValueError for another `how` or `center`.
     """
     if how not in FITS:
         raise ValueError(f"unknown fit {how!r}: {', '.join(FITS)}")
+    if not all(0 <= share <= 1 for share in center):
+        raise ValueError(f"the centre of a crop is from (0, 0) to (1, 1), not {center}")
     (have_w, have_h), (width, height) = have, size
     source, target = (0, 0, have_w, have_h), (0, 0, width, height)
     if how == "crop":

@@ -20,6 +20,7 @@ from minimti.io.pixels import check_size, fit, oriented, place
 
 VISIBLE = 8 / 127.5  # in [-1,1] units: a pixel that changes by less, noise may have changed
 COMPLETE = 0.9  # share of the length in a file's header; a file that ends earlier lacks a part
+FEW = 1 / 3  # share of a clip's frames; where fewer frames of the file make up a clip, it jerks
 MOVING = 1e-3  # share of the pixels; where fewer change, nothing moves
 
 
@@ -29,7 +30,7 @@ class Clip:
 
     frames: Tensor  # fp32 [F, 3, H, W] in [-1,1]
     fps: float  # rate at which they were taken; the file's own may be higher
-    times: tuple[float, ...]  # seconds from the file's first frame to each of the F frames
+    times: tuple[float, ...]  # seconds after the file's first frame that were asked for; with a stride the frames' own
     source: str  # path of the file, the folder or the pattern
     source_size: tuple[int, int]  # width, height of the upright frames in the file, in pixels
     source_fps: float | None = None  # rate of the file's frames there; None where only one was read
@@ -76,9 +77,10 @@ def read_clip(
     size         (width, height) in pixels; by default the model's, its sides exchanged for a portrait clip
     how, center  as `place` takes them
 
-    Warns where much of the picture is cut off, and where nothing moves. Raises InputError where the file is missing,
-    holds no video, has frames of several sizes or ends too early, for a size that the networks cannot halve often
-    enough, and where more than one of `end`, `sample_fps` and `stride` is given or `end` is not after `start`.
+    Warns where much of the picture is cut off, where nothing moves, and where few frames are there. Raises InputError
+    where the file is missing, holds no video, has frames of several sizes or ends too early, for a size that the
+    networks cannot halve often enough, and where more than one of `end`, `sample_fps` and `stride` is given or `end` is
+    not after `start`; ValueError for numbers outside of these ranges.
     """
     path = Path(path)
     num_frames = config.num_frames if num_frames is None else num_frames
@@ -95,9 +97,13 @@ def read_clip(
             notes.append(f"its pictures end at {taken.end:.2f} s of {source.duration:.2f}: cut off, or damaged")
         notes += source.notes()
         duration = taken.end if taken.end < math.inf else source.duration
-    for problem in (placement.note(), "" if _moves(taken.frames) else "nothing moves in these frames"):
-        if problem:
-            warnings.warn(f"{path}: {problem}", stacklevel=2)
+    motion = ""
+    if not _moves(taken.frames):
+        motion = "nothing moves in these frames"
+    elif taken.different < FEW * num_frames:
+        motion = f"only {taken.different} frames of the file make up these {num_frames}"
+    for problem in filter(None, (placement.note(), motion)):
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
     span = taken.times[-1] - taken.times[0]
     return Clip(
         frames=taken.frames,

@@ -35,7 +35,8 @@ def write_clip(path: str | Path, video: Tensor, fps: float, comment: str = "") -
             container.metadata["comment"] = comment
         # x264's macroblock tree reads memory it never wrote at some widths, and then the bytes vary from run to run.
         options = {"crf": "12", "mbtree": "0"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))  # x264 takes no other rates
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.color_primaries = stream.color_trc = stream.colorspace = 1  # BT.709
@@ -55,12 +56,12 @@ def write_strip(path: str | Path, clips: Tensor) -> None:
 def write_gif(path: str | Path, video: Tensor, fps: float) -> None:
     """uint8 [F, 3, H, W] -> a GIF that repeats for ever, each frame with the 256 colours that suit it best.
 
-    A GIF counts hundredths of a second: where `fps` does not divide them, durations differ by one hundredth. Raises
-    InputError where the file cannot be written.
+    A GIF counts hundredths of a second, up to 65535 a frame: where `fps` does not divide them, durations differ by one
+    hundredth. Raises InputError where the file cannot be written.
     """
     first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.cpu()]  # [H, W, 3] each
     ends = [round(100 * (index + 1) / fps) for index in range(len(video))]
-    durations = [10 * max(1, end - begin) for begin, end in zip([0, *ends], ends)]  # in milliseconds
+    durations = [10 * min(max(1, end - begin), 65535) for begin, end in zip([0, *ends], ends)]  # in milliseconds
     with atomic_write(path) as part:
         first.save(part, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
 
@@ -126,10 +127,10 @@ def write_video(path: str | Path, video: Tensor, fps: float, comment: str = "") 
         write_frames(path, video)
 
 
-def enlarged(video: Tensor, least: int = LEAST_SIDE) -> Tensor:
-    """[..., H, W] with every pixel repeated by the smallest whole number that gives the longer side `least` pixels.
+def enlarged(video: Tensor) -> Tensor:
+    """[..., H, W] with every pixel repeated by the smallest whole number that gives the longer side LEAST_SIDE pixels.
 
     Nothing is interpolated. An mp4 stores one colour for 2x2 pixels, so from a factor of 2 on no colour is lost.
     """
-    factor = -(-least // max(video.shape[-2:]))
+    factor = -(-LEAST_SIDE // max(video.shape[-2:]))
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

@@ -25,7 +25,7 @@ OPTIMISER_STATES = (
     {"momentum"},
     {"step", "exp_avg", "exp_avg_sq"},
 )  # names for a parameter, in `make_optimisers`' order
-OTHER_FILES = ("words.safetensors", "card.md")  # of a model, beside its weights
+OTHER_FILES = ("words.safetensors", "card.md")  # files of a model, beside its weights
 COLUMNS = {"command", "stage", "steps", "batch", "minutes", "loss", "held-out PSNR", "on"}  # names in a row of the card
 CPU = torch.device("cpu")
 

@@ -226,6 +226,14 @@ def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
         assert find.locate(str(folder)) == (folder, MODELS[model])
     (tmp_path / "link.st").symlink_to("svd_xt_1_1.safetensors")
     (tmp_path / "svd_xt.link").symlink_to("svd.safetensors")
+    snapshot = tmp_path / "models--stabilityai--stable-video-diffusion-img2vid-xt" / "snapshots" / "9cf0"
+    snapshot.mkdir(parents=True)
+    assert find.locate(str(snapshot)) == (snapshot, MODELS["svd-xt"])
+    config = tmp_path / "my-tune" / "unet" / "config.json"
+    config.parent.mkdir(parents=True)
+    for text, expected in ((b'{"num_frames": 25}', "svd-xt"), (b'{"num_frames": 14}', "svd"), (b"[25]", "svd")):
+        config.write_bytes(text)
+        assert find.locate(str(tmp_path / "my-tune")) == (tmp_path / "my-tune", MODELS[expected])
     assert find.locate(str(tmp_path / "link.st"))[1] == MODELS["svd-xt-1-1"]
     assert find.locate(str(tmp_path / "svd_xt.link"))[1] == MODELS["svd-xt"]
 

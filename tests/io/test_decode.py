@@ -323,7 +323,7 @@ def test_a_film_that_is_cut_off_is_read_to_there_with_a_note(tmp_path):
     (tmp_path / "a.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     clip = video.read_clip(tmp_path / "a.mp4", TINY, num_frames=40)
     assert shown(clip.frames[:1], 40) == [0] and 0.5 < clip.times[-1] < 3
-    assert "spread over its whole length" in clip.notes[0] and "of 4.00: cut off, or damaged" in clip.notes[1]
+    assert "spread evenly until there" in clip.notes[0] and "of 4.00: cut off, or damaged" in clip.notes[1]
 
 
 def test_sound_may_be_longer_than_the_pictures(tmp_path):
@@ -331,7 +331,7 @@ def test_sound_may_be_longer_than_the_pictures(tmp_path):
     for name, seconds in (("a.mkv", 10), ("b.mkv", 0)):
         encode(tmp_path / name, gradients(20), 10, sound=seconds)
         clip = video.read_clip(tmp_path / name, TINY, num_frames=20)
-        assert len(clip.notes) == 1 and "spread over its whole length" in clip.notes[0]
+        assert len(clip.notes) == 1 and "spread evenly until there" in clip.notes[0]
         with VideoFile(tmp_path / name) as source:
             assert source.duration == (None if seconds else pytest.approx(2))
 

@@ -106,7 +106,7 @@ def test_a_last_frame_that_is_held_counts(tmp_path, name):
     frames[0].save(tmp_path / name, append_images=frames[1:], duration=[100, 100, 100, 900], **form)
     clip = video.read_clip(tmp_path / name, TINY, num_frames=12)
     assert clip.times[-1] == pytest.approx(1.1) and clip.duration == pytest.approx(1.2)
-    assert "whole length" in clip.notes[0]
+    assert "spread evenly" in clip.notes[0]
     shades = ((clip.frames[:, 0, 0, 0] + 1) * 127.5 / 60).round().tolist()
     assert shades == [0, 1, 2] + [3] * 9
 

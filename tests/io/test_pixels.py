@@ -103,6 +103,8 @@ def test_less_than_60_percent_of_a_picture_is_noted():
 def test_another_fit_is_refused():
     with pytest.raises(ValueError, match="unknown fit 'fill': crop, pad, stretch"):
         pixels.place((1, 1), (64, 64), "fill")
+    with pytest.raises(ValueError, match=r"from \(0, 0\) to \(1, 1\), not \(2, 0.5\)"):
+        pixels.place((1, 1), (64, 64), center=(2, 0.5))
 
 
 def test_a_strip_has_a_row_for_each_clip():

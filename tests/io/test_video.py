@@ -78,7 +78,23 @@ def test_a_shorter_clip_is_spread_over_its_whole_length_and_this_is_said(tmp_pat
     assert clip.times == pytest.approx(np.linspace(0.1, 0.9, 10)) and clip.fps == pytest.approx(9 / 0.8)
     assert shown(clip.frames, 10) == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     (note,) = clip.notes
-    assert "10 frames at 7 fps from 0.1 s end at 1.39 s, but the file at 1.00 s: spread over its whole length" in note
+    assert "10 frames at 7 fps from 0.1 s end at 1.39 s, but the file at 1.00 s: spread evenly until there" in note
+
+
+def test_a_clip_of_few_frames_is_warned_of(tmp_path):
+    encode(tmp_path / "a.mp4", gradients(20), 10)
+    with pytest.warns(UserWarning, match=r"a\.mp4: only 3 frames of the file make up these 10"):
+        video.read_clip(tmp_path / "a.mp4", TINY, num_frames=10, start=1.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video.read_clip(tmp_path / "a.mp4", TINY, num_frames=10, start=1.6)
+
+
+@pytest.mark.parametrize("options", [{"num_frames": 0}, {"start": -1}, {"stride": 0}, {"sample_fps": 0}], ids=str)
+def test_numbers_that_no_clip_has_are_refused(tmp_path, options):
+    encode(tmp_path / "a.mp4", gradients(3), 10)
+    with pytest.raises(ValueError, match="frames, rate and stride must be above 0, and the start at least 0"):
+        video.read_clip(tmp_path / "a.mp4", TINY, **options)
 
 
 def test_the_whole_of_the_last_frame_counts(tmp_path):

@@ -133,6 +133,17 @@ def test_the_rate_is_exact(tmp_path, fps, rate):
         assert container.streams.video[0].average_rate == rate
 
 
+def test_the_slowest_clips_are_written_too(tmp_path):
+    """A frame in ten minutes, in an hour and in a day; a GIF shows a frame for 655.35 seconds at most."""
+    for fps, shown in ((1 / 600, 600_000), (1 / 3600, 655_350), (1 / 86_400, 655_350)):
+        write.write_clip(tmp_path / "a.mp4", NOISE[:2], fps)
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            assert container.streams.video[0].average_rate < 0.0017
+        write.write_gif(tmp_path / "a.gif", NOISE[:2], fps)
+        with Image.open(tmp_path / "a.gif") as gif:
+            assert gif.info["duration"] == shown
+
+
 def test_a_gif_keeps_the_rate_over_its_length(tmp_path):
     """7 frames a second are 14.29 hundredths each."""
     write.write_gif(tmp_path / "a.gif", NOISE[[0, 1, 2, 3, 4, 5, 6]], 7)
