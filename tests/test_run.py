@@ -86,7 +86,7 @@ def unstopped(mini_svd, clip):
     return {recipe: learn(mini_svd, clip, recipe=recipe, num_tokens=2).tokens for recipe in (ADAM, MUON)}
 
 
-def test_a_preview_that_fails_leaves_budget_and_memory_of_the_training(mini_svd, clip, tmp_path, monkeypatch):
+def test_a_preview_leaves_budget_and_memory_of_the_training(mini_svd, clip, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -95,12 +95,13 @@ def test_a_preview_that_fails_leaves_budget_and_memory_of_the_training(mini_svd,
     with begun(tmp_path / "m.pt") as run:
         previews, parked = Previews(run, mini_svd, clip, 1, lambda: None), []
         monkeypatch.setattr(SVD, "park", lambda self, name: parked.append(name))
+        previews(Progress("learn", 0, 2, motion=replace(motion, steps=0)))
+        previews(Progress("learn", 1, 2, loss=1.0, motion=motion))
+        assert parked[-3:] == ["unet", "image_encoder", "vae"]
         monkeypatch.setattr(SVD, "sample", fail)
-        previews(Progress("learn", 0, 1, motion=replace(motion, steps=0)))
-        with pytest.warns(UserWarning, match="no preview after 1 steps: CUDA out of memory"):
-            previews(Progress("learn", 1, 1, loss=1.0, motion=motion))
+        with pytest.warns(UserWarning, match="no preview after 2 steps: CUDA out of memory"):
+            previews(Progress("learn", 2, 2, loss=1.0, motion=replace(motion, steps=2)))
     assert mini_svd.budget == Budget(memory="fast") and mini_svd.unet.mid_block.mode == "fast"
-    assert parked[-2:] == ["image_encoder", "vae"]
     mini_svd.use(Budget())
 
 
