@@ -27,13 +27,14 @@ from PIL import Image
 import minimti
 import sample
 import train
+from minimti import augment as augmentation
 from minimti import cli, pipeline, signals, threads
 from minimti.checkpoint import load as loading
 from minimti.config import MODELS
 from minimti.invert import make_recipe
 from minimti.io.files import InputError
 from minimti.io.pixels import to_uint8
-from minimti.io.video import read_clip
+from minimti.io.video import Clip, read_clip
 from minimti.io.write import write_clip
 from minimti.motion import Motion, frames_start
 from minimti.ranks import ALONE as ONE_PROCESS
@@ -148,6 +149,11 @@ def test_a_dry_run_draws_the_frames_and_learns_nothing(work, call, monkeypatch):
     frames = read_clip("ref.mp4", MODELS["tiny"], num_frames=3).frames
     assert torch.equal(plain, torch.cat(list(to_uint8(frames)), dim=2))
     assert all(not torch.equal(plain, other) for other in augmented)
+    flips, augment = [], augmentation.augment
+    monkeypatch.setattr(augmentation, "augment", lambda *args: flips.append(args[2]) or augment(*args))
+    for more in ([], ["--no-flip"]):
+        assert call("train.py", *args, "--model", "tiny", *more)[0] == 0
+    assert flips == [True] * 3 + [False] * 3
     assert call("train.py", *args, "--model", "svd")[0] == 0  # without its weights
     assert Image.open(work / "dry-strip.png").size == (3 * 284, 4 * 160)
 
@@ -805,16 +811,32 @@ def test_several_clips_give_an_embedding_each_with_one_model(work, call, clips, 
     assert among.settings["clip"] == "up.mp4"
 
 
-def test_an_embedding_without_a_score_is_one_all_the_same(work, call, clips, monkeypatch):
+@pytest.mark.parametrize("kind", [FloatingPointError, torch.OutOfMemoryError])
+def test_an_embedding_without_a_score_is_one_all_the_same(work, call, clips, monkeypatch, kind):
     """And the next clip is learned too."""
 
     def describe(*_):
-        raise FloatingPointError("the sample is not finite:\ntry --dtype bfloat16")
+        raise kind("the sample is not finite:\ntry --dtype bfloat16")
 
     monkeypatch.setattr("minimti.score.describe", describe)
-    code, out, error = call("train.py", *clips, *SMALL_FILE, "--steps", "1", "--cache", "1", "--out", "unscored")
+    folder = f"unscored_{kind.__name__}"
+    code, out, error = call("train.py", *clips, *SMALL_FILE, "--steps", "1", "--cache", "1", "--out", folder)
     assert code == 0 and out.count("\nnote       without a score: the sample is not finite:\n") == 2, error
-    assert sorted(path.name for path in (work / "unscored").glob("*.pt")) == ["ref.pt", "up.pt"]
+    assert out.endswith("img.png --model small.safetensors\n")
+    assert sorted(path.name for path in (work / folder).glob("*.pt")) == ["ref.pt", "up.pt"]
+
+
+def test_a_signal_ends_a_score(mini_svd, monkeypatch):
+    def check():
+        raise signals.Interrupted(signal.SIGINT)
+
+    def describe(svd, motion, frames, memory, watch):
+        watch(pipeline.Progress("sample", 1, 2))
+
+    monkeypatch.setattr("minimti.score.describe", describe)
+    clip = Clip(torch.zeros(2, 3, 8, 8), 7.0, (0.0, 0.1), "ref.mp4", (8, 8))
+    with pytest.raises(signals.Interrupted):
+        train.judged(argparse.Namespace(memory="auto"), mini_svd, None, clip, check)
 
 
 def test_clips_are_learned_together(work, call, clips):
@@ -828,6 +850,8 @@ def test_clips_are_learned_together(work, call, clips):
     assert (motion.settings["clip"], motion.settings["together with"]) == ("ref.mp4", "up.mp4")
     assert motion.size == SMALL.size
     assert Image.open(work / "both.run" / "clip.png").size == (4 * 128, 2 * 64)
+    sized = call("train.py", *clips, "--together", "--size", "64x64", "--dry-run", "--model", "tiny", "--out", "s.pt")
+    assert sized[0] == 0 and "at whose size" not in sized[1]
     read = [read_clip(name, SMALL, size=SMALL.size) for name in clips]
     shown = read_clip("both.run/preview-00002.mp4", SMALL, size=(256, 64)).frames[..., :128]
     assert (shown - read[0].frames).abs().mean() < 0.03 < (shown - read[1].frames).abs().mean()
@@ -895,14 +919,16 @@ def test_the_first_step_takes_time_too(capfd, monkeypatch):
 
 
 def test_a_log_gets_a_line_every_few_percent(capfd):
+    """With the mean of the last losses, and the peak of the memory in the right unit."""
     bars = cli.Bars()
     for step in range(1001):
-        bars(pipeline.Progress("learn", step, 1000, loss=0.25 if step else None))
+        bars(pipeline.Progress("learn", step, 1000, loss=step % 2 / 2 if step else None))
     bars.close()
     error = capfd.readouterr().err
     assert "\r" not in error and error.count("\n") == cli.Bars.LINES
     last = error.splitlines()[-1]
     assert last.startswith("inversion: 1000/1000 [") and "s/it, loss=0.2500, peak " in last and last.endswith(" GiB]")
+    assert 2**27 < cli.peak_memory() < 2**40
 
 
 @pytest.mark.parametrize("rows, columns", [(24, 100), (0, 0)])

@@ -174,6 +174,8 @@ def test_every_process_has_its_own_gpu(monkeypatch):
     for available, expected in ((True, "cuda:1"), (False, None)):
         monkeypatch.setattr(ranks_module.torch.cuda, "is_available", lambda available=available: available)
         assert ranks.device(None) == expected
+    monkeypatch.setattr(ranks_module.torch.cuda, "is_available", lambda: True)
+    assert ranks.device("cuda") == "cuda:1"
     assert ranks.device("cuda:0") == "cuda:0" and ranks.device("cpu") == "cpu"
 
 

@@ -22,6 +22,7 @@ from minimti.io.video import Clip, read_clip
 from minimti.io.write import write_clip, write_frames
 from minimti.motion import Motion, how_read
 from minimti.pipeline import Progress, learn
+from minimti.ranks import Ranks
 from minimti.run import Previews, Run, digest, draw_losses, frames_digest, read_learned
 from minimti.svd import SVD
 
@@ -99,10 +100,33 @@ def test_a_preview_leaves_budget_and_memory_of_the_training(mini_svd, clip, tmp_
         previews(Progress("learn", 1, 2, loss=1.0, motion=motion))
         assert parked[-3:] == ["unet", "image_encoder", "vae"]
         monkeypatch.setattr(SVD, "sample", fail)
+        second = Progress("learn", 2, 2, loss=1.0, motion=replace(motion, steps=2))
         with pytest.warns(UserWarning, match="no preview after 2 steps: CUDA out of memory"):
-            previews(Progress("learn", 2, 2, loss=1.0, motion=replace(motion, steps=2)))
+            previews(second)
+        of_two = Previews(run, mini_svd, clip, 1, lambda: None, Ranks(1, 2))
+        with pytest.raises(torch.OutOfMemoryError):  # the other process waits for this one
+            of_two(second)
     assert mini_svd.budget == Budget(memory="fast") and mini_svd.unet.mid_block.mode == "fast"
     mini_svd.use(Budget())
+
+
+def test_a_preview_takes_little_memory_and_comes_when_it_is_due(mini_svd, clip, tmp_path, monkeypatch):
+    """A run that is resumed after 250 steps has its next one, of every 100, after 300."""
+    motion = learn(mini_svd, clip, recipe=replace(ADAM, steps=1), num_tokens=2)
+    taken, video = [], torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
+    monkeypatch.setattr("minimti.run.animate", lambda *_, **options: taken.append(options["memory"]) or video)
+    monkeypatch.setattr("minimti.run.write_clip", lambda path, *_: path.touch())
+    monkeypatch.setattr("minimti.run.enlarged", lambda part: video)
+    with begun(tmp_path / "m.pt") as run:
+        for memory in ("max", "balanced", "low"):
+            mini_svd.use(Budget(memory=memory))
+            previews = Previews(run, mini_svd, clip, 100, lambda: None)
+            for step in (250, 251, 299, 300, 301):
+                at = replace(motion, steps=step)
+                previews(Progress("learn", step, 500, loss=None if step == 250 else 1.0, motion=at))
+        mini_svd.use(Budget())
+        assert taken == ["balanced", "balanced", "low"]
+        assert [path.name for path in run.folder.glob("*.mp4")] == ["preview-00300.mp4"]
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -384,6 +408,24 @@ def test_an_unfinished_run_goes_on_with_the_settings_that_it_was_begun_with(mini
         with pytest.raises(InputError, match="has taken its 5 steps; --steps 7, say, takes more"):
             with resumed(tmp_path / "m.pt", steps=steps, settings=settings):
                 pass
+
+
+def test_a_state_of_tokens_that_are_not_finite_is_damaged(mini_svd, clip, tmp_path):
+    with begun(tmp_path / "m.pt") as run:
+        train(mini_svd, clip, run, stop=1)
+    state = torch.load(run.path("state.pt"))
+    state["tokens"][0, 0, 0] = torch.nan
+    torch.save(state, run.path("state.pt"))
+    with pytest.raises(InputError, match="m.run: its files are damaged"), resumed(tmp_path / "m.pt"):
+        pass
+
+
+def test_an_error_names_no_checkpoint_before_there_is_one(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"m\.run: cannot be written \(no space\)$"),
+        Run(tmp_path / "m.pt", 1)._explained(),
+    ):
+        raise OSError("no space")
 
 
 @pytest.mark.parametrize("name", ["settings.json", "state.pt", "views.pt"])

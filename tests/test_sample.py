@@ -118,6 +118,11 @@ def test_several_seeds_are_in_the_names_and_one_is_not(folder, made, call):
     assert call("--emb", "m.pt", "a.png", "--seed", "5")[0] == 0 and Path("a_m.mp4").is_file()
 
 
+def test_seeds_that_follow_the_last_begin_at_0(folder, made, call):
+    assert call("--emb", "m.pt", "a.png", "--seed", str(2**32 - 1), "--seeds", "2")[0] == 0
+    assert videos(".") == ["a_m_seed0.mp4", f"a_m_seed{2**32 - 1}.mp4"]
+
+
 def test_a_result_is_kept_only_where_all_that_it_is_made_from_is_the_same(folder, made, call):
     args = ["--emb", "m.pt", "a.png", "--out", "r"]
     assert call(*args)[0] == 0 and len(made) == 1
@@ -131,9 +136,9 @@ def test_a_result_is_kept_only_where_all_that_it_is_made_from_is_the_same(folder
 
     for change in ("--steps 3", "--seed 1", "--guidance 1 2", "--solver heun", "--fps 9", "--noise-aug 0.1"):
         assert again(*change.split()) and not again(*change.split()), change
-    for change in ("--size 64x96", "--fit stretch", "--crop-center 0 0 --size 64x96", "--motion-bucket 3"):
+    for change in ("--size 64x96", "--fit stretch", "--fit pad", "--crop-center 0 0 --size 64x96", "--motion-bucket 3"):
         assert again(*change.split()) and not again(*change.split()), change
-    assert again() and not again()
+    assert again("--vae-dtype", "bfloat16") and again() and not again()
     motion_of(7).save("m.pt")
     assert again() and not again()
     Image.new("RGB", (64, 64), "red").save("a.png")

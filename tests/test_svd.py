@@ -220,3 +220,16 @@ def test_a_network_that_is_where_it_computes_is_not_moved(image):
     with pytest.raises(AttributeError):
         svd.encode(image[None])
     assert svd.vae.moves == []
+
+
+def test_a_budget_stays_after_an_exception_and_no_longer():
+    """The advice after "out of memory" names the mode that comes after it."""
+    with torch.device("meta"):
+        svd = SVD(MINI)
+    before, other = svd.budget, Budget(memory="fast")
+    with svd.using(other):
+        assert svd.budget is other
+    assert svd.budget is before
+    with pytest.raises(MemoryError), svd.using(other):
+        raise MemoryError
+    assert svd.budget is other

@@ -238,6 +238,15 @@ def test_a_path_takes_the_sizes_its_official_name_stands_for(tmp_path):
     assert find.locate(str(tmp_path / "svd_xt.link"))[1] == MODELS["svd-xt"]
 
 
+def test_a_folder_is_read_in_full_precision_where_it_has_both(tmp_path):
+    for variant in (".fp16", ""):
+        for name in find.FOLDER_FILES.values():
+            path = tmp_path / name.format(variant)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        assert all((".fp16" in path.name) == bool(variant) for path in find.folder_paths(tmp_path).values())
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "\0"])
 def test_a_name_that_no_file_can_have_is_no_model(name):
     with pytest.raises(InputError, match="cannot be read .*; name one of svd, svd-xt"):
