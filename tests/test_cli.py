@@ -860,6 +860,8 @@ def test_clips_are_learned_together(work, call, clips):
     assert torch.equal(motion.tokens, pipeline.learn(svd, read, recipe=recipe, num_tokens=2).tokens)
     code, _, error = call("train.py", *clips[::-1], "--together", *SHORT, "--out", "both.pt", "--resume")
     assert code == 2 and "both.run: was begun with another clip, or other times" in error
+    code, _, error = call(*args, "--vae-dtype", "bfloat16", "--resume")
+    assert code == 2 and "both.run: was begun with --vae-dtype float32; to go on with it" in error
     code, out, _ = call(*args, "--dry-run")
     assert code == 0 and "both-strip.png: the frames of each clip" in out
     assert Image.open(work / "both-strip.png").size == (4 * 128, 2 * 4 * 64)
