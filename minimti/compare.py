@@ -26,7 +26,7 @@ from minimti.io.decode import VideoFile
 from minimti.io.files import InputError, atomic_write, check_target
 from minimti.io.pictures import Pictures, find_pictures
 from minimti.io.pixels import to_uint8
-from minimti.io.write import check_frames, enlarged, write_clip, write_video
+from minimti.io.write import check_frames, enlarged, gif_rate, write_clip, write_video
 from minimti.motion import Motion
 from minimti.page import FIGURE, MARK, PAGE
 from minimti.results import Job, read_record, record_of
@@ -93,7 +93,8 @@ def result_cell(job: Job) -> Cell:
     with opened as source:
         shown += ((time, small(source.pixels(frame))) for time, frame in source.frames(0.0))
     # A GIF has frames that are alike only once, and counts in hundredths of a second.
-    last = [sum(time <= (index + 0.2) / fps for time, _ in shown) - 1 for index in range(count)]
+    rate = gif_rate(fps) if job.suffix == ".gif" else fps
+    last = [sum(time <= (index + 0.5) / rate for time, _ in shown) - 1 for index in range(count)]
     return Cell(job.label, torch.stack([shown[index][1] for index in last]), fps)
 
 

@@ -143,11 +143,12 @@ def describe_result(svd: "SVD", video: "Tensor", clip: "Tensor") -> str:
 def read_result(path: str, config: "SVDConfig", motion: "Motion") -> "Tensor":
     """A result of sample.py, [F, 3, H, W] in [-1,1] at the size of `config`. Raises InputError where it is none."""
     from minimti import read_clip
+    from minimti.io.write import gif_rate
 
     options: dict[str, Any] = {"stride": 1}
     if path.lower().endswith(".gif"):  # frames that are alike are one there, and times are rounded
-        fps = motion.playback_fps
-        options = {"sample_fps": fps, "start": 0.2 / fps}
+        fps = gif_rate(motion.playback_fps)
+        options = {"sample_fps": fps, "start": 0.5 / fps}
     return read_clip(path, config, num_frames=motion.num_frames, **options).frames
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from minimti.io.files import InputError
 
+ROUNDED = 3  # times that the end of a file follows from: the last frame's, and the two whose difference is its length
+
 
 class Source(Protocol):
     """Where pictures come from: a video file, a folder."""
@@ -88,15 +90,16 @@ def choose(path: Path, source: Source, choice: Choice, fitted: Callable[[Any], T
     """The frames of a choice, and notes on it. Raises InputError where the file ends too early."""
     if choice.stride is not None:
         return _strided(path, source, choice.num_frames, choice.start, choice.stride, fitted), []
+    tolerance = ROUNDED * source.tolerance
     if choice.end is not None:
         taken = _taken(source, choice.spread(choice.end), fitted)
-        if choice.end > taken.end + source.tolerance:
+        if choice.end > taken.end + tolerance:
             raise InputError(f"{path}: ends at {taken.end:.3f} s, before --end {choice.end:g}; choose an earlier end")
         return taken, []
     taken = _taken(source, choice.at_rate(), fitted)
-    if choice.start > taken.end + source.tolerance:
+    if choice.start > taken.end + tolerance:
         raise InputError(f"{path}: ends at {taken.end:.3f} s, before --start {choice.start:g}; start earlier")
-    if taken.times[-1] <= taken.end + source.tolerance:
+    if taken.times[-1] <= taken.end + tolerance:
         return taken, []
     need = f"{choice.num_frames} frames at {choice.rate:g} fps from {choice.start:g} s end at {taken.times[-1]:.2f} s"
     if choice.sample_fps is not None:

@@ -53,15 +53,20 @@ def write_strip(path: str | Path, clips: Tensor) -> None:
         Image.fromarray(strip(clips).numpy()).save(part)
 
 
+def gif_rate(fps: float) -> float:
+    """Frames per second of a GIF that is written at `fps`: it counts hundredths of a second, 1 to 65535 a frame."""
+    return min(max(fps, 100 / 65535), 100)
+
+
 def write_gif(path: str | Path, video: Tensor, fps: float) -> None:
     """uint8 [F, 3, H, W] -> a GIF that repeats for ever, each frame with the 256 colours that suit it best.
 
-    A GIF counts hundredths of a second, up to 65535 a frame: where `fps` does not divide them, durations differ by one
-    hundredth. Raises InputError where the file cannot be written.
+    It plays at `gif_rate(fps)`: where that does not divide hundredths of a second, durations differ by one hundredth.
+    Raises InputError where the file cannot be written.
     """
     first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.cpu()]  # [H, W, 3] each
-    ends = [round(100 * (index + 1) / fps) for index in range(len(video))]
-    durations = [10 * min(max(1, end - begin), 65535) for begin, end in zip([0, *ends], ends)]  # in milliseconds
+    ends = [round(100 * (index + 1) / gif_rate(fps)) for index in range(len(video))]
+    durations = [10 * (end - begin) for begin, end in zip([0, *ends], ends)]  # in milliseconds
     with atomic_write(path) as part:
         first.save(part, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
 

@@ -221,10 +221,10 @@ def test_a_disk_without_room_is_named_whatever_a_library_raises(tmp_path, error)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
 def test_a_fault_of_the_disk_at_the_end_is_named(tmp_path, monkeypatch, call, number):
     (tmp_path / "a.bin").write_text("old")
-    kind = DiskFull if number == errno.ENOSPC else InputError
+    kind = DiskFull if number in (errno.ENOSPC, errno.EDQUOT) else InputError
     with pytest.raises(kind, match=rf"a.bin: cannot be written \({os.strerror(number)}\)") as raised:
         with atomic_write(tmp_path / "a.bin") as part:
             part.write_text("new")
@@ -321,6 +321,7 @@ def test_a_folder_is_checked_without_being_made(tmp_path):
         ("file/a", "Not a directory"),
         ("x" * 300, "File name too long"),
         ("x" * 300 + "/a", "File name too long"),
+        ("x" * 300 + "/a/b", "File name too long"),
         ("a/" * 2500, "File name too long"),
     ):
         with pytest.raises(InputError, match=rf"cannot be made a folder \({message}\)"):

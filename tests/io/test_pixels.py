@@ -69,7 +69,7 @@ def test_fit_keeps_the_part_that_is_named():
 def test_padding_is_black_and_cut_off_again():
     frames = torch.full((1, 3, 100, 50), 200, dtype=torch.uint8)
     placement = pixels.place((50, 100), (128, 64), "pad")
-    assert placement.target == (48, 0, 80, 64)
+    assert placement.target == (48, 0, 80, 64) == pixels.place((50, 100), (128, 64), "pad", (0, 0)).target
     fitted = pixels.fit(frames, (128, 64), placement)
     assert (fitted[..., :48] == -1).all() and (fitted[..., 80:] == -1).all() and (fitted[..., 48:80] > 0).all()
     video = pixels.cut(pixels.to_uint8(fitted), placement)

@@ -105,6 +105,15 @@ def test_the_whole_of_the_last_frame_counts(tmp_path):
     assert clip.fps == pytest.approx(7) and clip.duration == pytest.approx(2)
 
 
+@pytest.mark.parametrize("name, rate", [("a.mp4", 24), ("a.mp4", 30), ("a.mkv", 24), ("a.mkv", 60)])
+def test_an_end_may_be_that_of_the_file(tmp_path, name, rate):
+    """Matroska counts milliseconds: the last of 48 frames at 24 per second is at 1.958, after 1.917."""
+    encode(tmp_path / name, gradients(2 * rate), rate)
+    clip = video.read_clip(tmp_path / name, TINY, num_frames=4, end=2)
+    last = pixels.fit(pictures(tmp_path / name)[-1:], (64, 64))
+    assert clip.times[-1] == 2 and torch.equal(clip.frames[-1:], last)
+
+
 def test_times_that_a_file_rounds_are_still_those_of_its_frames(tmp_path):
     """Matroska counts milliseconds: frame 1 of 7 per second is shown at 0.143, after 1/7."""
     encode(tmp_path / "a.mkv", gradients(14), 7)
@@ -191,6 +200,7 @@ def test_a_line_says_what_was_taken(tmp_path):
         (3.02, "every 3rd frame"),
         (4.29, "every 4.3rd frame"),
         (11, "every 11th frame"),
+        (13, "every 13th frame"),
         (13.1, "every 13.1st frame"),
         (0.5, "each frame 2.0 times"),
     ],
@@ -219,6 +229,13 @@ def test_a_clip_in_which_nothing_moves_is_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         video.read_clip(tmp_path / "b.mp4", TINY)
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_what_moves_in_one_colour_alone_moves(channel):
+    frames = torch.zeros(3, 3, 64, 64)
+    frames[1, channel] = 20 / 127.5
+    assert video._moves(frames)
 
 
 def test_times_are_counted_from_the_first_frame_of_the_file(tmp_path):

@@ -155,6 +155,12 @@ def test_a_gif_keeps_the_rate_over_its_length(tmp_path):
     assert len(durations) == 7 and sum(durations) == 1000 and set(durations) == {140, 150}
 
 
+def test_a_gif_shows_a_frame_for_a_hundredth_of_a_second_at_least(tmp_path):
+    write.write_gif(tmp_path / "a.gif", NOISE[:4], 200)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert [gif.seek(index) or gif.info["duration"] for index in range(gif.n_frames)] == [10, 10, 10, 10]
+
+
 def test_frames_are_lossless_and_take_the_place_of_earlier_ones(tmp_path):
     write.write_frames(tmp_path / "a", NOISE)
     write.write_frames(tmp_path / "a", NOISE[:3])
@@ -172,10 +178,13 @@ def test_frames_replace_nothing_else(tmp_path):
     (tmp_path / "a" / "notes.txt").touch()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("a")
-    for name in ("a", "file", "link"):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to_empty").symlink_to("empty")
+    for name in ("a", "file", "link", "to_empty"):
         with pytest.raises(InputError, match="name another --out"):
             write.write_frames(tmp_path / name, NOISE)
-    assert sorted(os.listdir(tmp_path)) == ["a", "file", "link"] and len(os.listdir(tmp_path / "a")) == 2
+    assert sorted(os.listdir(tmp_path)) == ["a", "empty", "file", "link", "to_empty"]
+    assert len(os.listdir(tmp_path / "a")) == 2
 
 
 def test_frames_appear_whole_or_not_at_all(tmp_path):
