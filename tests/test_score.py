@@ -253,7 +253,7 @@ def test_a_gif_with_frames_at_rest_is_the_same_result(call):
     assert numbers[0] == pytest.approx(numbers[1], abs=0.03)  # 256 colours
 
 
-@pytest.mark.parametrize("fps", [70, 150])
+@pytest.mark.parametrize("fps", [75, 150])
 def test_a_fast_gif_is_read_frame_by_frame(tmp_path, fps):
     write_gif(tmp_path / "a.gif", moving(), fps)
     read = score.read_result(str(tmp_path / "a.gif"), MINI, embedding(fps=fps))

@@ -47,6 +47,9 @@ def test_a_damaged_packet_is_skipped_with_a_note():
     assert counted(clip.frames) == [12, 13, 14, 15, 16, 17, 18, 19]
     clip = read_clip(CASES / "zeroed_packet_h264.mp4", TINY, num_frames=12, sample_fps=10)
     assert counted(clip.frames)[:5] == [0, 1, 2, 3, 4] and clip.notes == ("1 damaged packet was skipped",)
+    with pytest.warns(UserWarning, match="only 39 frames of the file make up these 400"):  # it is read twice
+        clip = read_clip(CASES / "zeroed_packet_h264.mp4", TINY, num_frames=400)
+    assert len(clip.notes) == 2 and clip.notes[1] == "1 damaged packet was skipped"
 
 
 @pytest.mark.parametrize(

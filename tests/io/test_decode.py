@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -82,6 +83,38 @@ def test_recordings_that_were_joined_go_on(tmp_path):
     assert all(abs(number - k) <= 1 for k, number in enumerate(numbers))  # neighbours look alike
 
 
+def test_recordings_that_were_joined_keep_their_holes(tmp_path):
+    times = [*range(8), *range(20, 27)]
+    encode(tmp_path / "a.ts", gradients(15), 10, times=times)
+    (tmp_path / "b.ts").write_bytes(3 * (tmp_path / "a.ts").read_bytes())
+    with VideoFile(tmp_path / "b.ts") as source:
+        expected = [(27 * part + time) / 10 for part in range(3) for time in times]
+        assert [time for time, _ in source.frames(0)] == pytest.approx(expected, abs=0.05)
+
+
+def retimed(path: Path, times: list[int]) -> None:
+    """A Matroska file whose frames, in this order, have these times in tenths of a second."""
+    encode(path.with_suffix(".mjpeg"), gradients(len(times)), 10, "mjpeg", "yuvj420p")
+    with av.open(str(path.with_suffix(".mjpeg"))) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for dts, time, packet in zip(range(-len(times), 0), times, source.demux(video=0)):
+            packet.stream, packet.time_base, packet.duration = stream, Fraction(1, 10), 1
+            packet.pts, packet.dts = time, dts
+            container.mux(packet)
+
+
+def test_times_never_fall(tmp_path):
+    retimed(tmp_path / "a.mkv", [5, 6, 7, 2, 3, 8])
+    with VideoFile(tmp_path / "a.mkv") as source:
+        assert [time for time, _ in source.frames(0)] == pytest.approx([0, 0.1, 0.2, 0.2, 0.2, 0.3])
+
+
+def test_the_last_frame_is_shown_as_long_as_others_where_two_have_its_time(tmp_path):
+    retimed(tmp_path / "a.mkv", [*range(19), 18])
+    clip = video.read_clip(tmp_path / "a.mkv", TINY)
+    assert clip.notes == () and clip.times[-1] == pytest.approx(13 / 7)
+
+
 def test_empty_packets_hold_the_frame_before(tmp_path):
     """An AVI has no other way to say that nothing new is shown."""
     encode(tmp_path / "a.avi", gradients(6), 10, "mpeg4", times=[0, 1, 2, 8, 9, 10])
@@ -114,6 +147,29 @@ def test_of_several_films_the_default_is_taken_else_the_largest(tmp_path):
                 container.mux(stream.encode())
         with VideoFile(tmp_path / "a.mkv") as source:
             assert source.size == ((96, 64) if default is None else (48, 32))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_one_picture_is_not_the_film_even_by_default(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as container:
+        for height, width in ((64, 96), (32, 48)):
+            stream = container.add_stream("mpeg4", rate=7)
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        picture, film = container.streams.video
+        picture.disposition, film.disposition = Disposition.default, 0
+        for stream in (picture, film, film, film):
+            frame = np.zeros((stream.height, stream.width, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux([*picture.encode(), *film.encode()])
+    with VideoFile(tmp_path / name) as source:
+        assert source.size == (48, 32)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.avi"])
+@pytest.mark.parametrize("aspect", ["10/1", "1/10"])
+def test_a_shape_that_no_pixel_has_is_taken_for_a_square(tmp_path, name, aspect):
+    encode(tmp_path / name, gradients(2), 7, "mpeg4", aspect=aspect)
+    assert video.read_clip(tmp_path / name, TINY, num_frames=2, stride=1).kept == pytest.approx((2 / 3, 1))
 
 
 def test_the_still_of_an_animated_avif_is_not_the_film(tmp_path):

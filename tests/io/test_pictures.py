@@ -73,6 +73,7 @@ def test_digits_that_are_no_decimal_number_are_letters(folder):
 def test_a_folder_in_a_folder_is_no_picture(folder):
     (folder / "6.5.png").mkdir()
     assert len(pictures.find_pictures(folder)) == 12
+    assert len(pictures.find_pictures(folder / "*")) == 13  # with the text, and neither the folder nor what is hidden
 
 
 def test_a_folder_that_cannot_be_read_is_one_line(folder, monkeypatch):
@@ -96,6 +97,12 @@ def test_the_times_of_an_animated_webp_are_its_own(tmp_path):
     assert [time for time, _ in source.frames(0)] == pytest.approx([0, 0.1, 0.4, 0.5])
     clip = video.read_clip(tmp_path / "a.webp", TINY, num_frames=5, end=0.5)
     assert shown(clip.frames, 4) == [0, 1, 1, 1, 3] and clip.source_size == (96, 64)
+
+
+def test_an_animated_webp_without_times_has_ten_frames_a_second(tmp_path):
+    animation(tmp_path / "a.webp", [0] * 4)
+    source = pictures.AnimatedWebP(tmp_path / "a.webp")
+    assert [time for time, _ in source.frames(0)] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.apng"])
