@@ -54,8 +54,11 @@ def write_strip(path: str | Path, clips: Tensor) -> None:
 
 
 def gif_rate(fps: float) -> float:
-    """Frames per second of a GIF that is written at `fps`: it counts hundredths of a second, 1 to 65535 a frame."""
-    return min(max(fps, 100 / 65535), 100)
+    """Frames per second of a GIF that is written at `fps`: 1 to 100.
+
+    It counts hundredths of a second. Frames that are alike become one, which lasts 655 seconds at most.
+    """
+    return min(max(fps, 1), 100)
 
 
 def write_gif(path: str | Path, video: Tensor, fps: float) -> None:

@@ -134,14 +134,14 @@ def test_the_rate_is_exact(tmp_path, fps, rate):
 
 
 def test_the_slowest_clips_are_written_too(tmp_path):
-    """A frame in ten minutes, in an hour and in a day; a GIF shows a frame for 655.35 seconds at most."""
-    for fps, shown in ((1 / 600, 600_000), (1 / 3600, 655_350), (1 / 86_400, 655_350)):
+    """A frame in ten minutes and in a day; as a GIF a frame a second."""
+    for fps in (1 / 600, 1 / 86_400):
         write.write_clip(tmp_path / "a.mp4", NOISE[:2], fps)
         with av.open(str(tmp_path / "a.mp4")) as container:
             assert container.streams.video[0].average_rate < 0.0017
-        write.write_gif(tmp_path / "a.gif", NOISE[:2], fps)
+        write.write_gif(tmp_path / "a.gif", NOISE[[0, 0, 1]], fps)
         with Image.open(tmp_path / "a.gif") as gif:
-            assert gif.info["duration"] == shown
+            assert gif.n_frames == 2 and gif.info["duration"] == 2000
 
 
 def test_a_gif_keeps_the_rate_over_its_length(tmp_path):
