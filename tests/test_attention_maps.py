@@ -42,3 +42,12 @@ def test_the_picture_has_a_row_for_the_video_and_one_for_each_token(tmp_path):
     for row, (left, right) in ((1, (True, False)), (2, (False, True))):
         y = 30 + row * 166 + 80
         assert (picture[y, 80 + 30] > 128) == left and (picture[y, 80 + 130] > 128) == right
+
+
+def test_the_frame_is_seen_under_each_map(tmp_path):
+    video = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    video[..., 32:] = 255
+    write_attention(tmp_path / "a.png", video, torch.ones(1, 64, 1))
+    picture = np.array(Image.open(tmp_path / "a.png").convert("L")).astype(int)
+    dark, light = picture[30 + 166 + 80, [80 + 30, 80 + 130]]
+    assert light - dark > 40

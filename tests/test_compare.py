@@ -50,6 +50,11 @@ def test_a_grid_shows_every_video_at_the_time_of_its_own_frames():
     assert torch.equal(slow, rising(14).repeat_interleave(2, dim=0)[:, 0, 0, 0])
 
 
+def test_a_grid_at_the_rate_of_a_video_shows_each_of_its_frames_once():
+    whole, fps = grid([[Cell("a", rising(20), 6.67)]])
+    assert fps == 6.67 and torch.equal(whole[:, 0, 24 + 32, 32], rising(20)[:, 0, 0, 0])
+
+
 def test_a_grid_takes_videos_of_several_shapes_and_its_labels_are_above_them():
     tall, wide = Cell("tall", rising(2, 96, 64), 7), Cell("wide " * 30, rising(2, 64, 96), 7)
     whole, _ = grid([[tall, wide]])
@@ -155,12 +160,32 @@ def test_nobodys_page_is_replaced(tmp_path):
         check_comparison(jobs)
 
 
+def test_a_comparison_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
+    def cut_short(path, *_):
+        path.write_bytes(b"half a grid")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(compare, "write_video", cut_short)
+        write_comparison(tmp_path, ".mp4", [[Cell("a", rising(3), 7)]])
+    check_comparison([Job(tmp_path / "a.mp4", None, 0, 0, "a")])
+
+
+def test_a_name_that_is_no_text_is_written_with_backslashes(tmp_path):
+    write_comparison(tmp_path, ".mp4", [[Cell("a\udcff", rising(3), 7)]])
+    assert "a\\udcff" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
 def test_a_grid_has_bounds(tmp_path, monkeypatch):
     """Of its rows and of its memory: a slow clip beside a fast one would have thousands of frames."""
     jobs = [Job(tmp_path / f"{k}.mp4", k, 0, 0, "a") for k in range(61)]
     check_comparison(jobs[:60])
     with pytest.raises(InputError, match="--compare: 61 results are too many for one picture"):
         check_comparison(jobs)
+    full = [Job(tmp_path / f"{k}.mp4", k // 6, 0, 0, "a") for k in range(6 * 31)]  # with its clip each takes two lines
+    check_comparison(full[: 6 * 30])
+    with pytest.raises(InputError, match="--compare: 186 results are too many"):
+        check_comparison(full)
     rows = [[Cell("slow", rising(4), 0.01), Cell("fast", rising(4), 7)]]
     monkeypatch.setattr(compare, "GRID_BYTES", 50 * 3 * (64 + 28) * 2 * 68)
     whole, fps = grid(rows)

@@ -45,9 +45,17 @@ def test_an_embedding_says_what_it_was_learned_from(call, name):
     assert found["model"] == "tiny" and found["seed"] == "9" and found["steps"] == "312 of 500: unfinished"
     assert found["command"] == "python train.py dance.mp4" and found["clip"] == "dance.mp4"
     assert found["fingerprint"] == "unknown" and "strip" not in found
+    assert found["fps"] == "7"  # it does not know its clip's: the model's
     Path("m.run").mkdir()
     Image.new("RGB", (14 * 64, 64)).save("m.run/clip.png")
     assert call(name)[1]["strip"].startswith("m.run/clip.png")
+
+
+def test_the_strip_of_a_name_with_dots_is_found(call):
+    Motion(torch.zeros(15, 5, 64), 14, "tiny", TINY.micro, (64, 64), 500, 9).save("wave.v2")
+    Path("wave.v2.run").mkdir()
+    Image.new("RGB", (14 * 64, 64)).save("wave.v2.run/clip.png")
+    assert call("wave.v2")[1]["strip"].startswith("wave.v2.run/clip.png")
 
 
 def test_steps_that_were_added_are_told_apart(call):
@@ -98,6 +106,13 @@ def test_any_other_file_is_one_line(call, name, content, message):
         Path(name).write_bytes(content)
     code, found, error = call(name)
     assert code == 2 and not found and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("comment", ["2021", "[]", "[" * 100_000, "a day out", '{"made from": 1, "about": {}}'])
+def test_the_comment_of_anyones_video_is_no_record(call, comment):
+    write_video("a.mp4", torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 7, comment)
+    code, found, error = call("a.mp4")
+    assert code == 2 and not found and error.count("\n") == 1 and "no a.mp4.json is beside it" in error
 
 
 def test_what_a_stranger_wrote_cannot_move_the_cursor(call):

@@ -25,6 +25,11 @@ def test_captions_of_another_vocabulary_are_refused(tmp_path, monkeypatch):
         captions.save(table, tmp_path / "words.safetensors")
     with pytest.raises(InputError, match="its words are not those of the world: .*jump"):
         captions.load(tmp_path / "words.safetensors")
+    with monkeypatch.context() as other:
+        other.setattr(captions, "WORDS", WORDS[::-1])
+        captions.save(table, tmp_path / "words.safetensors")
+    with pytest.raises(InputError, match="its words are not those of the world"):  # in another order
+        captions.load(tmp_path / "words.safetensors")
     (tmp_path / "no.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="holds no words"):
         captions.load(tmp_path / "no.safetensors")
