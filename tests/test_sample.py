@@ -291,6 +291,14 @@ def test_a_folder_of_frames_has_no_name_of_a_video():
         assert job.path.name == f"a_{name.replace('.', '_')}" and job.suffix == ""
 
 
+@pytest.mark.parametrize(
+    "learned, unconditional, label", [(True, True, "motion alone"), (False, True, "a"), (True, False, "a")]
+)
+def test_a_label_says_what_a_result_shows(learned, unconditional, label):
+    (job,) = results.plan(["m"], ["a.png"], [0], ".", "mp4", learned=learned, unconditional=unconditional)
+    assert job.label == label
+
+
 def test_a_comparison_has_the_clip_before_the_results_of_each_motion(folder, made, call):
     frames = torch.stack([torch.full((3, 64, 64), index / 14) for index in range(14)])
     Path("m.run").mkdir()

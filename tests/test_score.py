@@ -241,6 +241,17 @@ def test_results_have_a_rhythm_and_a_constancy_beside_those_of_the_clip(call, mi
     assert "no figure tells" in note and "--compare" in note
 
 
+def test_a_wide_result_is_read_in_the_size_of_the_clip_without_advice_that_score_has_no_option_for(call, monkeypatch):
+    seen = []
+    monkeypatch.setattr(score, "describe", lambda *_: "")
+    monkeypatch.setattr(score, "describe_result", lambda svd, *videos: seen.extend(videos) or "")
+    write_clip("wide.mp4", moving().repeat(1, 1, 1, 4), 7)
+    embedding(size=(64, 32)).save("wide.pt")
+    code, _, error = call(score, "wide.pt", "--clip", "m.run/frames", *MODEL, "wide.mp4")
+    assert code == 0 and [video.shape for video in seen] == 2 * [(FRAMES, 3, 32, 64)]
+    assert "wide.mp4" not in error
+
+
 def test_a_gif_with_frames_at_rest_is_the_same_result(call):
     """It holds frames that are alike only once."""
     rests = moving()[[0, 0, 1, 1]]
@@ -268,7 +279,7 @@ def test_a_fast_gif_is_read_frame_by_frame(tmp_path, fps):
         (["m.pt"], "m.pt: made with a model called 'mini'; pass its file or folder as --model"),
         (["m.pt", "--model", "small.safetensors"], "the embedding is for model 'mini'"),
         (["m.pt", "--model", "none.safetensors"], "none.safetensors"),
-        (["m.pt", *MODEL, "--clip", "none.mp4"], "none.mp4: no such file"),
+        (["m.pt", *MODEL, "--clip", "none.mp4"], "none.mp4: no such file\n"),  # no advice to name it
         (["m.pt", *MODEL, "--clip", "short.mp4"], "short.mp4: "),
         (["m.pt", *MODEL, "none.mp4"], "none.mp4: no such file"),
         (["m.pt", *MODEL, "m.pt"], "m.pt: "),

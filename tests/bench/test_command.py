@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,13 @@ def run(monkeypatch, items, *arguments: str) -> int:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(command, "plan", lambda *_: items)
     return exit_code(*arguments)
+
+
+def test_the_budget_counts_from_the_start_of_the_command(monkeypatch, capsys):
+    left, times = [], iter([500.0, 530.0])
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(command, "work", lambda report, items, budget, clock: left.append(budget))
+    assert run(monkeypatch, [], "--budget", "100") == 0 and left == [70]
 
 
 def test_a_run_prints_saves_and_draws_what_it_measured(tmp_path, monkeypatch, capsys):

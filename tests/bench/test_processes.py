@@ -117,6 +117,18 @@ def test_steps_that_appear_together_are_told_by_the_last_of_them(tmp_path, monke
     assert found["first step with one view (computed)"] == pytest.approx(5 - 9 * 0.1 - 2 * 0.5)
 
 
+def test_only_a_cold_process_reads_its_weights_from_the_disk(tmp_path, monkeypatch):
+    evicted, programs = [], Programs(tmp_path, TINY, "cpu")
+    programs.images[-1].touch()
+    programs.embedding.touch()
+    monkeypatch.setattr(processes, "evict", evicted.append)
+    monkeypatch.setattr(processes, "watch", lambda *_: (3.0, [Event(1.0, "video"), Event(2.0, "video")]))
+    programs.sample(cold=False)
+    assert not evicted
+    programs.sample(cold=True)
+    assert evicted == [programs.weights]
+
+
 def test_what_was_not_written_is_named(tmp_path):
     programs = Programs(tmp_path, TINY, "cpu")
     with pytest.raises(NotMeasurable, match="needs 'write' first"):

@@ -1,6 +1,7 @@
 """The measures are right on clips whose motion is known; embeddings and losses belong to the target they are for."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,12 +99,14 @@ def test_plain_image_to_video_is_the_motion_of_the_image_embedding(small):
 
 
 def test_every_target_has_its_own_embedding_video_and_loss(small):
-    case = first_case(small)
+    case, small.settings = first_case(small), replace(small.settings, noise_levels=1)
     losses = small.losses(case, None)
     for index, target in enumerate(case.targets):
         assert losses[index] == small.loss(target, small.image_embedding(target), index)
         others = [small.loss(target, small.image_embedding(t), index) for t in case.targets if t is not target]
         assert losses[index] not in others
+    target = case.targets[0]
+    assert small.loss(target, small.image_embedding(target), 1) != losses[0]  # its own noise
 
 
 def test_the_error_of_a_target_is_taken_against_this_target(small, monkeypatch):
@@ -141,6 +144,11 @@ def test_embeddings_outlast_the_process(small, random_svd, words, monkeypatch):
     other.weights = {}
     other.learn(first_case(other))
     assert len({*(small.folder / "embeddings").iterdir()} - files) == 1
+    rounded = Evaluation(random_svd, words, small.seed, small.settings, small.folder)
+    rounded.svd = SimpleNamespace(dtype=torch.bfloat16, device=random_svd.device)
+    monkeypatch.setattr(rounded, "snapshots", lambda *_: [learned])
+    rounded.learn(first_case(rounded))
+    assert len({*(small.folder / "embeddings").iterdir()} - files) == 2
 
 
 def test_an_inversion_learns_from_as_many_references_as_it_says(small, monkeypatch):

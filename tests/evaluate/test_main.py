@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from official import write_official
 from minimti import cli
 from minimti.evaluate import __main__
 from minimti.evaluate.results import HEADER
+from minimti.world import captions
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ("--motions", "1", "--targets", "2", "--steps", "3")
@@ -50,6 +52,10 @@ def test_a_run_prints_a_table_and_a_second_one_continues_it(call, tmp_path):
     first, second = ([*seed["caption"]["rows"]["true caption"]["error"]["values"]] for seed in again.values())
     assert first != second, "both seeds have the same motions"
     assert " | 4 |" in out.splitlines()[2]
+    code, out, error = call(*FEW, "--only", "caption", "--seeds", "0", "0", "--json", "found.json")
+    assert code == 0 and " | 2 |" in out.splitlines()[2], "a seed that is named twice counts twice"
+    code, out, error = call(*FEW, "--only", "caption", "--dtype", "bfloat16", "--json", "found.json")
+    assert code == 2 and not out and "dtype torch.float32, not torch.bfloat16" in error
 
 
 def test_the_same_seed_gives_the_same_numbers(call, tmp_path):
@@ -96,6 +102,13 @@ def test_models_of_impossible_sizes_are_refused(call, tmp_path):
     write_official(tmp_path / "low.safetensors", replace(SMALL, size=(32, 32)))
     code, _, error = call("--model", "low.safetensors")
     assert code == 2 and "32x32 is lower than 48" in error
+
+
+def test_words_of_another_width_are_refused(call, small_folder, tmp_path):
+    shutil.copy(small_folder / "tiny.safetensors", tmp_path)
+    captions.save(captions.CaptionEmbedding(8), tmp_path / "words.safetensors")
+    code, _, error = call("--model", "tiny.safetensors")
+    assert code == 2 and error.count("\n") == 1 and "does not fit words.safetensors in its folder" in error
 
 
 def test_a_results_file_of_other_settings_is_refused(call, tmp_path):

@@ -5,8 +5,10 @@ learning rate.
 """
 
 import copy
+import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from minimti.pretrain.run import encoded_clips, held_out, learning_rate, train
 from minimti.pretrain.stages import STAGES, Stage
 from minimti.pretrain.state import DEFAULT, Run, begin, restore
 from minimti.world.clips import first_frame, pixels
-from minimti.world.scene import render
+from minimti.world.scene import WORDS, render
 
 STEPS = 40
 BARE = replace(SHORT, weight_decay=0.0, warm_up=1, ema=0.5)
@@ -205,6 +207,15 @@ def test_a_state_that_is_whole_goes_on(stopped, tmp_path):
     assert len(run.records[1].losses) == 5
 
 
+def test_the_precision_stays_on_a_device_of_the_same_type(stopped):
+    run, saved = stopped
+    run = copy.copy(run)
+    for device, expected in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+        run.dtype = torch.float32
+        restore(run, copy.deepcopy(saved) | {"computed": (device, "bfloat16")})
+        assert run.dtype == expected
+
+
 def test_damaged_clips_are_named(tmp_path):
     settings = replace(SHORT, num_chunks={"captions": 1})
     run = begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=settings)
@@ -219,6 +230,7 @@ def test_damaged_clips_are_named(tmp_path):
         {"tensors": vars(whole) | {"image": whole.image[1:]}},
         {"tensors": vars(whole) | {"latents": whole.latents * NAN}},
         {"tensors": vars(whole) | {"words": whole.words + 99}},
+        {"tensors": vars(whole) | {"words": torch.full_like(whole.words, len(WORDS))}},
     ):
         torch.save({"seconds": 1.0, "tensors": vars(whole)} | damage, path)
         with pytest.raises(
@@ -248,6 +260,17 @@ def test_a_stopped_stage_is_saved_at_its_last_step(tmp_path):
     assert saved["step"] == 3 and len(saved["records"][0]["losses"]) == 3 and saved["optimisers"][1]["state"]
 
 
+def test_a_stage_is_saved_every_two_minutes_and_at_its_end(tmp_path, monkeypatch):
+    """Steps take 50 s each, so that the third is the first after two minutes."""
+    saved, seconds = [], itertools.count(0, 50)
+    monkeypatch.setattr("minimti.pretrain.run.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(Run, "save", lambda run: saved.append(run.step))
+    stage = Stage("linear", "a line", nothing, linear, 8, 1, ("words", "heads"))
+    run = begin(SMALLER, tmp_path, tmp_path, 0, 1.0, settings=replace(BARE, stages=(stage,)))
+    train(run, lambda: None)
+    assert saved == [3, 6, 8]
+
+
 def test_every_step_stage_and_seed_has_its_own_random_numbers(tmp_path):
     drawn = []
 
@@ -263,6 +286,9 @@ def test_every_step_stage_and_seed_has_its_own_random_numbers(tmp_path):
             train(run, lambda: None)
         run.path.unlink()
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 3
+    run.stages, run.stage, run.step, run.records = stages[1:], 0, 0, []  # as with --stages two
+    train(run, lambda: None)
+    assert drawn[-3:] == drawn[9:12]
 
 
 def test_all_encoded_and_held_out_clips_differ(tmp_path):

@@ -16,6 +16,7 @@ from minimti.world.scene import (
     camera,
     flip,
     habit,
+    random_colour,
     random_program,
     random_scene,
     relative_motion,
@@ -297,6 +298,16 @@ def test_the_tracker_separates_two_sprites(seed, place, size, angle):
     for which, truth in enumerate(paths):
         missed = misses(tracker.track(render(scene), scene, which), truth)
         assert missed[0] < place and missed[1] < size and missed[2] < angle
+
+
+def test_where_no_colour_is_free_a_sprite_has_the_most_distant():
+    """All colours are taken but those around red, green and blue."""
+    levels = np.linspace(0, 1, 11)
+    taken = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    taken = taken[np.linalg.norm(taken[:, None] - np.eye(3), axis=2).min(1) > 0.45]
+    for seed in range(10):
+        colour = random_colour(np.random.default_rng(seed), taken)
+        assert 0.1 < np.linalg.norm(taken - colour, axis=1).min() < 0.5
 
 
 def test_an_absent_sprite_keeps_its_last_pose():
