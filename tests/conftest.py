@@ -17,6 +17,13 @@ if not torch.cuda.is_available():  # before Triton is imported: its interpreter 
 gc.set_threshold(100_000, 50, 1000)  # each look through all objects of so many libraries takes 0.2 s
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in a script's background
 
+
+def pytest_xdist_auto_num_workers(config):
+    """All plain tests go in up to four processes; named files, and tests that print or are full or fuzz, in one."""
+    is_plain = config.option.markexpr == "not full and not fuzz" and config.option.capture != "no"
+    return min(4, os.cpu_count() or 1) if is_plain and config.args == config.getini("testpaths") else 0
+
+
 # An example costs a network, not a search: few examples, always the same ones.
 settings.register_profile("networks", max_examples=6, deadline=None, derandomize=True)
 settings.load_profile("networks")

@@ -29,7 +29,7 @@ check() {  # a name, and the Python of a virtual environment that has everything
     cd "$root" && "$2" -m pytest -q -p no:cacheprovider
 }
 
-[ -x "$folder/lowest/bin/python" ] || { "$lowest" -m venv "$folder/lowest" && floors "$lowest" | xargs "$folder/lowest/bin/pip" install -q pytest hypothesis "setuptools>=77" wheel; }
-[ -x "$folder/newest/bin/python" ] || { "$newest" -m venv "$folder/newest" && floors "$newest" | sed 's/==.*//' | xargs "$folder/newest/bin/pip" install -q pytest hypothesis "setuptools>=77" wheel; }
+[ -x "$folder/lowest/bin/python" ] || { "$lowest" -m venv "$folder/lowest" && floors "$lowest" | xargs "$folder/lowest/bin/pip" install -q pytest pytest-xdist hypothesis "setuptools>=77" wheel; }
+[ -x "$folder/newest/bin/python" ] || { "$newest" -m venv "$folder/newest" && floors "$newest" | sed 's/==.*//' | xargs "$folder/newest/bin/pip" install -q pytest pytest-xdist hypothesis "setuptools>=77" wheel; }
 check lowest "$folder/lowest/bin/python"
 check newest "$folder/newest/bin/python"

@@ -26,6 +26,6 @@ bench() {  # a name, seconds, further arguments
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$folder/summary.txt"
 bench low 40 --only ratios --repeats 4 --cases 'train_low/ours/*'
 bench processes 140 --processes --cases write train_warm sample_warm
-part tests 120 python -m pytest -q -s tests/test_on_cuda.py
+part tests 120 python -m pytest -q -s -o addopts= tests/test_on_cuda.py
 bench kernels 80 --kernels
 bench steps 160 --only ratios --repeats 4 --plot "$folder/steps.png"
