@@ -45,7 +45,7 @@ def test_an_embedding_says_what_it_was_learned_from(call, name):
     assert found["model"] == "tiny" and found["seed"] == "9" and found["steps"] == "312 of 500: unfinished"
     assert found["command"] == "python train.py dance.mp4" and found["clip"] == "dance.mp4"
     assert found["fingerprint"] == "unknown" and "strip" not in found
-    assert found["fps"] == "7"  # it does not know its clip's: the model's
+    assert found["fps"] == "7"  # the model's: the clip's is not in it
     Path("m.run").mkdir()
     Image.new("RGB", (14 * 64, 64)).save("m.run/clip.png")
     assert call(name)[1]["strip"].startswith("m.run/clip.png")
