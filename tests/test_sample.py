@@ -179,6 +179,8 @@ def test_what_another_program_made_is_never_replaced(folder, made, call, form):
         assert call(*args)[0] == 0 and len(made) == 3
         write_clip(result, torch.zeros(3, 3, 64, 64, dtype=torch.uint8), 7)
         Path(f"{result}.json").unlink()
+        assert call(*args)[0] == 2
+        result.write_text("no video")
     before = results.digest(result)
     code, _, error = call(*args)
     assert code == 2 and f"{result}: was there before, and not made by sample.py; move it, or name" in error
