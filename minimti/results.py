@@ -185,13 +185,10 @@ def write_record(job: Job, made_from: Mapping[str, Any], about: Mapping[str, Any
 
 def read_record(path: Path) -> dict[str, Any]:
     """A record. Raises InputError where there is none, or the file is another."""
-    try:
-        record = json.loads(require_file(path).read_bytes())
-        if isinstance(record["made from"], dict) and isinstance(record["about"], dict):
-            return record
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise InputError(f"{path}: is no record of a result that sample.py made")
+    record = _record_in(require_file(path).read_bytes())
+    if record is None:
+        raise InputError(f"{path}: is no record of a result that sample.py made")
+    return record
 
 
 def inner_record(path: Path) -> dict[str, Any] | None:
@@ -201,10 +198,18 @@ def inner_record(path: Path) -> dict[str, Any] | None:
     require_file(path)
     try:
         with av.open(f"file:{path}") as container:
-            record = json.loads(container.metadata.get("comment", ""))
-            return record if isinstance(record["made from"], dict) and isinstance(record["about"], dict) else None
+            return _record_in(container.metadata.get("comment", ""))
     except av.FFmpegError as error:
         raise InputError(f"{path}: cannot be read as a video") from error
+    except ValueError:  # texts that are not UTF-8
+        return None
+
+
+def _record_in(text: str | bytes) -> dict[str, Any] | None:
+    """The record that a text holds; None where it is another text."""
+    try:
+        record = json.loads(text)
+        return record if isinstance(record["made from"], dict) and isinstance(record["about"], dict) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

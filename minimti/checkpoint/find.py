@@ -66,13 +66,18 @@ def locate(model: str, weights: Path = WEIGHTS, revision: str | None = None) -> 
         except InputError as error:
             known = ", ".join(MODELS)
             raise InputError(f"--model {error}; name one of {known}, a .safetensors file, or a folder") from error
-    names = (path.name, path.resolve().name)  # a link and its target
+    target = path.resolve()
+    names = (path.name, target.name)  # a link and its target
     for official in reversed(REPOSITORIES):  # longest first: each name is a prefix of the next
         prefixes = (Path(SINGLE_FILES[official]).stem, Path(REPOSITORIES[official]).name)
-        cached = "models--" + REPOSITORIES[official].replace("/", "--")
-        if any(name.startswith(prefixes) for name in names) or cached in path.resolve().parts:
+        if any(name.startswith(prefixes) for name in names) or _cache_folder(REPOSITORIES[official]) in target.parts:
             return path, MODELS[official]
     return path, MODELS["svd-xt" if _frames_of(path) == MODELS["svd-xt"].num_frames else "svd"]
+
+
+def _cache_folder(repository: str) -> str:
+    """The name of a repository's folder in the hub's cache."""
+    return f"models--{repository.replace('/', '--')}"
 
 
 def _frames_of(folder: Path) -> int | None:
@@ -157,7 +162,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
             if len(paths) == len(FOLDER_FILES):
                 return paths[0].parent.parent
     except (OSError, ValueError) as error:  # UnicodeDecodeError is one
-        entry = Path(hub.constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+        entry = Path(hub.constants.HF_HUB_CACHE) / _cache_folder(repository)
         raise InputError(f"{entry}: broken ({_reason(error)}); delete it, and it is downloaded again") from error
     return None
 
